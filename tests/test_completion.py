@@ -34,6 +34,7 @@ def completed(line, shell="bash"):
     return {re.split(r"[,\t]", one)[1] for one in done.stdout.splitlines() if "," in one}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "offered"),
     [

@@ -70,6 +70,7 @@ def test_files_named_in_the_documents_exist():
             assert (document.parent / target).exists(), (document.name, target)
 
 
+@pytest.mark.slow
 def test_the_documentation_builds_without_a_warning(tmp_path):
     # With --quiet, mkdocs neither shows warnings nor counts them.
     command = ["mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]

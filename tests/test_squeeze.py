@@ -81,6 +81,7 @@ scalings = st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @given(scalings, st.sampled_from(["bf16", "f32"]), st.integers(0, 5))
 @settings(
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -20,7 +20,8 @@ from loratools.lowrank.matrices import loaded
 from loratools.lowrank.resize import ComputeOptions
 from loratools_formats.contract.format import Context
 from loratools_formats.contract.registry import get_format
-from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.dtypes import Array
 from loratools_formats.core.tensors import TensorRef, in_memory
 from loratools_formats.disk.errors import OptionError, UnsupportedError

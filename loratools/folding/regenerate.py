@@ -23,7 +23,8 @@ from loratools.base.weights import BaseModule, find_base_module
 from loratools.work.regexes import check_regex, is_found
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.registry import get_format
-from loratools_formats.core.adapter import Adapter, KindDelta, Layer, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import KindDelta, Layer, ModuleChange
 from loratools_formats.core.config_values import Values
 from loratools_formats.core.dtypes import Array
 from loratools_formats.core.peft_facts import frod_category, square_orientation

@@ -16,7 +16,7 @@ from pathlib import Path
 from loratools.work.declared import option
 from loratools_formats.containers.safetensors_read import SafetensorsFile, read_safetensors
 from loratools_formats.containers.safetensors_write import write_safetensors
-from loratools_formats.core.adapter import LowRank
+from loratools_formats.core.change import LowRank
 from loratools_formats.core.dtypes import Array
 from loratools_formats.core.tensors import TensorRef, in_memory
 from loratools_formats.disk import strict_json

@@ -24,7 +24,7 @@ from loratools.work.declared import option
 from loratools.work.scratch import Scratch
 from loratools.work.seeds import seed_of_64_bits, seed_of_matrix
 from loratools.work.spellings import dtype as dtype_name
-from loratools_formats.core.adapter import LowRank
+from loratools_formats.core.change import LowRank
 from loratools_formats.core.dtypes import DTYPES, Array, DType, encode, is_power_of_two
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, OptionError

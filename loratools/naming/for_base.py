@@ -21,7 +21,8 @@ from loratools.naming.places import module_key
 from loratools.naming.rename import NamingOptions, all_names, renamed
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.registry import get_format
-from loratools_formats.core.adapter import Adapter, Addition, ModuleChange
+from loratools_formats.core.adapter import Adapter, Addition
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.dtypes import DTYPES, encode
 from loratools_formats.core.single_file_keys import Naming
 from loratools_formats.core.tensors import TensorRef

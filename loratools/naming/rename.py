@@ -30,7 +30,8 @@ from loratools.naming.places import (
     target_scheme,
 )
 from loratools.naming.tables import Place, Table, bundled_tables, flattened
-from loratools_formats.core.adapter import Adapter, Addition, ModuleChange, Replacement
+from loratools_formats.core.adapter import Adapter, Addition, Replacement
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.single_file_keys import COMPONENTS, Naming
 from loratools_formats.disk.errors import (

@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from loratools_formats.contract.commands import command_on
-from loratools_formats.core.adapter import LowRank, ModuleChange
+from loratools_formats.core.change import KindDelta, LowRank, ModuleChange
 from loratools_formats.core.dtypes import (
     DTYPES,
     DType,
@@ -130,18 +130,26 @@ def fused(
             direction=_fused_factors(name, factors, heights, exact=exact),
             magnitude=magnitude,
         )
-    if kinds == {"full"} and len(present) == len(parts):
-        return _fused_full(present)
+    if "full" in kinds and kinds <= {"full", "lora"}:
+        return _fused_full(name, parts, heights, exact=exact)
     raise _kept_whole(name, "modules of different or incomplete kinds")
 
 
 def is_rounding(parts: Sequence[ModuleChange | None]) -> bool:
-    """Return whether `fused` rounds: scales differ by no power of two, and are of one `b` after."""
+    """Return whether `fused` rounds.
+
+    It does where scales differ by no power of two, and are of one `b` after; and where factors
+    become a full difference.
+    """
+    if any(part is not None and part.kind == "full" for part in parts):
+        return any(part is not None and part.factors is not None for part in parts)
     return _rounds([part.factors for part in parts if part is not None])
 
 
 def _rounds(parts: Sequence[LowRank | None]) -> bool:
     factors = [part for part in parts if part is not None]
+    if not factors:
+        return False
     first = _leading(factors)
     ratios = [_ratio(part, first) for part in factors]
     return not all(ratio == 0.0 or is_power_of_two(ratio) for ratio in ratios)
@@ -260,12 +268,54 @@ def _fused_magnitude(name: str, parts: Sequence[ModuleChange]) -> TensorRef | No
     return _stacked(flat, common_dtype([magnitude.dtype for magnitude in magnitudes]))
 
 
-def _fused_full(parts: Sequence[ModuleChange]) -> ModuleChange:
-    fulls = [part.kind_delta for part in parts if part.kind_delta is not None]
-    diffs = [full.parts["diff"] for full in fulls]
+def _fused_full(
+    name: str, parts: Sequence[ModuleChange | None], heights: Sequence[int], *, exact: bool
+) -> ModuleChange:
+    """Return the full difference of parts, of which some may have factors, and some be nothing."""
+    present = [part for part in parts if part is not None]
+    whole_one = next(part for part in present if part.kind_delta is not None)
+    full = whole_one.direction
+    if not isinstance(full, KindDelta):
+        raise TypeError("not a full difference")
+    sides = full.parts["diff"].shape[1:]
+    diffs = []
+    for part, height in zip(parts, heights, strict=True):
+        diff = (
+            _zeros(full.parts["diff"], height) if part is None else _full(name, part, exact=exact)
+        )
+        if diff.shape != (height, *sides):
+            raise AdapterError(
+                "parts of a fused module do not fit together",
+                tensor=name,
+                got=f"{list(diff.shape)}",
+                expected=f"{[height, *sides]}",
+            )
+        diffs.append(diff)
     whole = _stacked(diffs, common_dtype([diff.dtype for diff in diffs]))
     shape = (whole.shape[0], math.prod(whole.shape[1:]))
-    return parts[0].with_direction(replace(fulls[0], parts={"diff": whole}, shape=shape))
+    return whole_one.with_direction(replace(full, parts={"diff": whole}, shape=shape))
+
+
+def _zeros(like: TensorRef, height: int) -> TensorRef:
+    shape = (height, *like.shape[1:])
+    nbytes = math.prod(shape) * like.dtype.bits // 8
+    return TensorRef(like.key, like.dtype, shape, lambda: bytes(nbytes))
+
+
+def _full(name: str, part: ModuleChange, *, exact: bool) -> TensorRef:
+    """Return a part's difference; of factors it is rounded to float32, unless it is to be exact."""
+    if part.kind_delta is not None:
+        return part.kind_delta.parts["diff"]
+    factors = part.require_factors()
+    if factors.bias is not None or len(factors.a.shape) != 2:
+        raise _kept_whole(name, "factors of a convolution or with a bias, beside a full difference")
+    dtype = DTYPES["F64" if exact else "F32"]
+
+    def read() -> bytes:
+        product = factors.b.load(np.float64) @ factors.a.load(np.float64)
+        return encode(factors.scale * product, dtype).tobytes()
+
+    return TensorRef(factors.b.key, dtype, (factors.b.shape[0], factors.a.shape[1]), read)
 
 
 def swapped_halves(name: str, delta: ModuleChange) -> ModuleChange:

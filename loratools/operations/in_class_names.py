@@ -22,7 +22,8 @@ from loratools_formats.checkpoints import expert_classes
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.facts import DEFAULT_HEAD, head_of
 from loratools_formats.contract.commands import command_on
-from loratools_formats.core.adapter import Adapter, Layer, ModuleChange, Replacement
+from loratools_formats.core.adapter import Adapter, Replacement
+from loratools_formats.core.change import Layer, ModuleChange
 from loratools_formats.core.peft_facts import declared, replaced_name, targets
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 

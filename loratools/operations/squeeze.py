@@ -36,7 +36,8 @@ from loratools.work.provenance import InputFile, operation_record
 from loratools.work.scratch import Scratch
 from loratools.work.selection import Selection
 from loratools_formats.contract.registry import get_format
-from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 
 

@@ -40,7 +40,8 @@ from loratools.work.provenance import operation_record
 from loratools.work.scratch import Scratch
 from loratools.work.spellings import key_value
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.core.adapter import Adapter, KindDelta, LowRank, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import KindDelta, LowRank, ModuleChange
 from loratools_formats.core.dtypes import DTYPES
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 

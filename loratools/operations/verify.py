@@ -28,20 +28,13 @@ from loratools.work.declared import option
 from loratools.work.parallel import in_order, usable_cores
 from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from loratools_formats.checkpoints.pipelines import weighted_folders
-from loratools_formats.core.dtypes import Array, DType, round_into
+from loratools_formats.core.dtypes import SPACINGS, Array, DType, round_into
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
 
 Verdict = Literal["exact", "within rounding", "not contained", "not checked"]
 
 _PRODUCT_ROUNDING = 2.0**-20
-# Relative distance of neighbouring numbers, and the smallest one, of each type.
-_SPACING = {
-    "F64": (2.0**-52, 2.0**-1074),
-    "F32": (2.0**-23, 2.0**-149),
-    "F16": (2.0**-10, 2.0**-24),
-    "BF16": (2.0**-7, 2.0**-133),
-}
 # PEFT merges a DoRA in the type of its factors: it rounds the sum, its norm, the magnitude over the
 # norm, and the product, half a unit each, twice as much as what `_tolerance` says.
 _DORA_ROUNDINGS = 2
@@ -313,11 +306,11 @@ def _tolerance(dtype: DType, wanted: Array, change: Array) -> Array:
     The second is for tools that round the change before they add it. Errors of products in float32
     are allowed for too.
     """
-    spacing, smallest = _SPACING[dtype.code]
+    spacing = SPACINGS[dtype.code]
     largest = float(np.abs(change).max(initial=0.0))
     tolerance: Array = np.abs(wanted) + np.abs(change)
-    tolerance *= spacing
-    tolerance += _PRODUCT_ROUNDING * largest + smallest
+    tolerance *= spacing.relative
+    tolerance += _PRODUCT_ROUNDING * largest + spacing.smallest
     return tolerance
 
 

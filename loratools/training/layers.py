@@ -17,7 +17,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding, ParamWrapper, _ConvNd
 
-from loratools_formats.core.adapter import Layer, LowRank, ModuleChange
+from loratools_formats.core.change import Layer, LowRank, ModuleChange
 from loratools_formats.core.peft_patterns import settings_of
 from loratools_formats.core.tensors import TensorRef, of_torch
 from loratools_formats.disk.errors import OptionError, UnsupportedError

@@ -25,7 +25,8 @@ from loratools.operations.squeeze import ModuleReport, squeeze
 from loratools.training.layers import LiveLayer, live_layers, settle_all, unwrapped
 from loratools.training.transport import Before, carries, carry, check_held, inner, wide
 from loratools.work.selection import Selection
-from loratools_formats.core.adapter import Adapter, LowRank
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import LowRank
 from loratools_formats.core.factors import alpha_of
 from loratools_formats.disk.errors import AdapterError, OptionError
 

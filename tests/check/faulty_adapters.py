@@ -204,6 +204,16 @@ def kohya(**more):
     } | more
 
 
+def of_another_naming(path):
+    """Stable Diffusion 3, of which diffusers has no converter of kohya's names."""
+    name = "lora_unet_joint_blocks_0_x_block_attn_proj"
+    arrays = {
+        f"{name}.lora_down.weight": np.ones((4, IN), np.float32),
+        f"{name}.lora_up.weight": np.ones((IN, 4), np.float32),
+    }
+    return single(path, arrays)
+
+
 def unknown(path):
     return single(path, kohya(nobody_knows=np.ones(3, np.float32)))
 
@@ -419,6 +429,7 @@ CASES = {
     "LT508": (lambda p: folder(p, use_rslora=True), {"target": ["sglang"]}),
     "LT514": (lambda p: folder(p, init_lora_weights="pissa"), {"target": ["vllm"]}),
     "LT515": (gappy, {"target": ["lorax"]}),
+    "LT518": (of_another_naming, {"target": ["diffusers"]}),
     "LT516": (with_tokens, {"target": ["sglang"], "base": base}),
 }  # fmt: skip
 """Rule → what makes a folder that it is about; with options where it needs any."""

@@ -317,6 +317,7 @@ def test_slow_files_are_only_of_the_plugin(tmp_path):
     assert found.failed == 1
 
 
+@pytest.mark.slow
 def test_marks_are_made_while_others_take_the_empty_folder_away(tmp_path):
     store = store_of(tmp_path)
     stopped = threading.Event()

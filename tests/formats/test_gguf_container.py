@@ -194,6 +194,7 @@ def test_a_sound_file_is_read(tmp_path, version):
         file.get("half", "u32")
 
 
+@pytest.mark.slow
 def test_a_large_vocabulary_is_stepped_over(tmp_path):
     path = tmp_path / "file.gguf"
     writer = gguf.GGUFWriter(path, "llama")

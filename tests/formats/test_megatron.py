@@ -16,7 +16,7 @@ from loratools.algebra.ranks import RankRule
 from loratools.base.shape_only import ShapeOnly
 from loratools.kinds import get_kind
 from loratools_formats import find_format, read_adapter
-from loratools_formats.core.adapter import KindDelta
+from loratools_formats.core.change import KindDelta
 from loratools_formats.core.tensors import in_memory
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 

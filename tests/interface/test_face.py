@@ -254,6 +254,10 @@ def test_options_are_those_of_the_declarations():
     ("call", "error", "text"),
     [
         (lambda: lt.squeeze(LORA, 4), TypeError, r"takes source by position; .* such as rank=4"),
+        (lambda: lt.convert(LORA, "x.gguf"), TypeError, r"such as output='x.gguf'"),
+        (lambda: lt.verify("m", "b"), TypeError, r"takes fused by position; .* such as base='b'"),
+        (lambda: lt.merge([LORA], [0.5]), TypeError, r"weights go with their adapters: \{adapter"),
+        (lambda: lt.fuse("m", LORA, weights=[1]), TypeError, r"no option 'weights'; .*adapters"),
         (lambda: lt.squeeze(LORA, rnk=4), TypeError, r"no option 'rnk'; did you mean 'rank'"),
         (lambda: lt.squeeze(LORA, rank="4"), OptionError, r"rank is of the wrong type.*whole"),
         (lambda: lt.squeeze(LORA, rank=True), OptionError, r"rank is of the wrong type"),

@@ -271,6 +271,7 @@ def test_no_adapters_and_no_recipe(loratools):
     assert only_line(err) == "error: no adapters to merge. Name some, or pass --recipe FILE"
 
 
+@pytest.mark.slow
 def test_nan_is_one_line_without_warnings(tmp_path):
     broken = save(tmp_path / "a", extra={"layers.0.q.lora_A.weight": np.full((8, 20), np.nan)})
     huge = save(

@@ -90,6 +90,7 @@ def similar(folder, count, noise=1.0):
     return found
 
 
+@pytest.mark.slow
 @given(drawn=adapters(), method=st.sampled_from(["linear", "cat"]))
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -106,6 +106,7 @@ def test_results_are_those_of_the_operations_alone(place):
         assert (place / weights).read_bytes() == (place / "release" / weights).read_bytes()
 
 
+@pytest.mark.slow
 def test_what_changed_runs_again_and_nothing_else(place):
     lt.run(place / "release.yaml")
     recipe = place / "release.yaml"
@@ -146,6 +147,7 @@ run.run(sys.argv[1])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("state", "sync"), [(n, 0) for n in range(1, 9)] + [(0, n) for n in (1, 2, 4, 7, 9, 12, 14)]
 )

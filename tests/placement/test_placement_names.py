@@ -84,6 +84,35 @@ def test_an_exact_name_wins_and_several_others_are_refused():
         keys({"layers.0.fc": linear(6, 4)}, base)
 
 
+@pytest.mark.parametrize("before", ["model.language_model.", "model."])
+def test_one_parameter_under_two_namings_is_refused(before):
+    """transformers loads one of the two in silence; the other would be changed to no effect."""
+    tensors = {
+        f"model.{inner}layers.{number}.self_attn.q_proj.weight": (6, 4)
+        for inner, number in (("language_model.", 0), ("", 0), ("language_model.", 1))
+    }
+    base = checkpoint(
+        tensors, model_type="qwen2_5_vl", architectures=["Qwen2_5_VLForConditionalGeneration"]
+    )
+    with pytest.raises(AdapterError, match="two base tensors are one parameter") as caught:
+        keys({f"{before}layers.0.self_attn.q_proj": linear(6, 4)}, base)
+    assert all(key in str(caught.value) for key in list(tensors)[:2])
+    other = f"{before}layers.1.self_attn.q_proj"
+    assert keys({other: linear(6, 4)}, base) == [list(tensors)[2]]
+
+
+def test_a_fused_parameter_of_the_files_goes_to_the_parts_of_the_class():
+    """Files of Tipsv2 have `in_proj_weight`, the class a layer for each of its thirds."""
+    after = {f"encoder.layers.0.self_attn.{p}_proj.weight": (4, 6) for p in "qkv"}
+    base = checkpoint(after, model_type="tipsv2_text_model", architectures=["Tipsv2TextModel"])
+    module = "transformer.resblocks.0.attn"
+    changed = linear(12, 6, parameters=(f"{module}.in_proj_weight",))
+    deltas = placed({module: changed}, base).deltas
+    assert [(p.key, p.rows) for p in deltas] == [
+        (key, ((4 * i, 4 * i + 4),)) for i, key in enumerate(after)
+    ]
+
+
 def test_everything_unmatched_is_listed_with_the_nearest_names():
     tensors = {f"model.layers.{i}.mlp.up_proj.weight": (6, 4) for i in range(7)}
     modules = {f"model.layers.{i}.mlp.up_porj": linear(6, 4) for i in range(7)}

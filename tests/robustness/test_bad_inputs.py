@@ -399,7 +399,10 @@ BAD_PICKLES = {
         "4398046511104",
     ),
     "many views of one storage": (in_archive(MANY_VIEWS, data=bytes(1 << 22)), "share storage"),
-    "many names of one tensor": (in_archive(MANY_NAMES, data=bytes(1 << 22)), "4999 tensors have several names"),
+    "many names of one tensor": (
+        in_archive(MANY_NAMES, data=bytes(1 << 22)),
+        "4999 tensors have several names",
+    ),
     "key that takes for ever to hash": (in_archive(ENDLESS_HASH), "a key that is a tuple"),
 }
 

@@ -53,6 +53,7 @@ def test_signs_are_those_of_the_scheme_for_ever():
     assert abs(sketch.signs("m", "out", 4096).mean()) < 5.0 / (4096 * 256) ** 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("modules", [1, 4, 24])
 @pytest.mark.parametrize("rank", [1, 4])
 def test_estimates_are_within_their_stated_error(modules, rank):
@@ -268,7 +269,7 @@ def test_refusals(tmp_path):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"version": 2}, "another version"),
+        ({"version": 1}, "another version"),
         ({"scheme": "other"}, "another version"),
         ({"adapters": [{}]}, "sound"),
         ({"adapters": []}, "sound"),
@@ -288,6 +289,40 @@ def test_indexes_that_are_not_sound_are_refused(change, match, tmp_path):
     save_file(load_file(out), broken, metadata={"loratools_index": text})
     with pytest.raises(LoratoolsError, match=match):
         lt.fleet_dedup(broken)
+
+
+def test_spellings_of_one_adapter_are_copies(tmp_path):
+    """Names before and after transformers 4.52; kohya's, ComfyUI's and diffusers' of FLUX."""
+    paths = []
+    for seed, (folder, start) in enumerate(
+        [("new", "model.language_model."), ("old", "model."), ("bare", "")] * 2
+    ):
+        (factors,) = matrices(1, seed=seed // 3)
+        named = {start + name: pair for name, pair in factors.items()}
+        named |= {"lm_head": factors["layers.0.mlp.down_proj"]}
+        paths.append(write(tmp_path / f"{folder}{seed // 3}", named))
+    rng = np.random.default_rng(5)
+    flux = {}
+    for key, out in (("img_attn_qkv", 48), ("img_attn_proj", 16), ("txt_attn_qkv", 48)):
+        for name, shape in (("w1_a", (out, 2)), ("w1_b", (2, 16)), ("w2_a", (out, 2)),
+                            ("w2_b", (2, 16))):  # fmt: skip
+            values = rng.standard_normal(shape).astype(np.float32)
+            flux[f"lora_unet_double_blocks_0_{key}.hada_{name}"] = values
+        clip = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"
+        flux[f"{clip}.lora_down.weight"] = rng.standard_normal((2, 16)).astype(np.float32)
+        flux[f"{clip}.lora_up.weight"] = rng.standard_normal((16, 2)).astype(np.float32)
+    spellings = [tmp_path / f"{name}.safetensors" for name in ("hada", "kohya", "comfy", "split")]
+    save_file(flux, spellings[0])
+    lt.to_lora(spellings[0], energy=1.0, output=spellings[1])
+    lt.convert(spellings[1], to="comfyui", names="flux1", output=spellings[2])
+    lt.convert(spellings[1], to="diffusers", names="flux1", output=spellings[3])
+    _, out = indexed(tmp_path, [*paths, *spellings])
+    wanted = [{"new0", "old0", "bare0"}, {"new1", "old1", "bare1"}, {p.name for p in spellings}]
+    groups = [set(group) for group in lt.fleet_dedup(out).groups]
+    assert sorted(map(sorted, groups)) == sorted(map(sorted, wanted))
+    nearest = lt.fleet_similar(spellings[3], out).neighbours[:4]
+    assert {n.path for n in nearest} == wanted[2]
+    assert all(n.cosine == pytest.approx(1.0, abs=1e-6) for n in nearest)
 
 
 def test_commands_print_what_functions_return(tmp_path):

@@ -236,6 +236,7 @@ def test_modules_that_only_one_has_or_of_other_shapes_are_listed(make_folder):
         compare({"one": read_adapter(one), "lone": read_adapter(lone)})
 
 
+@pytest.mark.slow
 def test_formats_compare_under_the_base_models_names(tmp_path):
     done = run("convert", dense.TINY / "lora", tmp_path / "mlx", "--to", "mlx", "--allow-lossy")
     assert done.returncode == 0, done.stderr
@@ -285,6 +286,52 @@ def test_bases_differ_where_the_adapter_acts_as_computed_densely(tmp_path):
         assert (module.relative > 0) == module.name.endswith("q_proj")
 
 
+def test_names_that_differ_by_wrappers_are_of_one_module(tmp_path):
+    """Without the base, where the output layer alone is called the same in both."""
+    paths = []
+    for start in ("model.language_model.", "model."):
+        folder = tmp_path / start
+        folder.mkdir()
+        rng = np.random.default_rng(0)
+        tensors = {}
+        for name in (f"{start}layers.0.self_attn.q_proj", "lm_head"):
+            for side, shape in (("A", (2, 8)), ("B", (8, 2))):
+                values = rng.standard_normal(shape).astype(np.float32)
+                tensors[f"base_model.model.{name}.lora_{side}.weight"] = values
+        save_file(tensors, folder / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        paths.append(folder)
+    found = lt.compare(paths)
+    assert found.to_dict()["shared"] == [[2, 2], [2, 2]]
+    assert found.to_dict()["whole_cosines"][0][1] == pytest.approx(1.0)
+    assert not found.findings
+
+
+def test_names_that_only_the_base_brings_together_are_told(tmp_path):
+    paths = []
+    for leaves in (("qkv_proj",), ("q_proj", "k_proj", "v_proj")):
+        folder = tmp_path / leaves[0]
+        folder.mkdir()
+        rng = np.random.default_rng(0)
+        tensors = {}
+        for leaf in (*leaves, "o_proj"):
+            rows = 24 if leaf == "qkv_proj" else 8
+            for side, shape in (("A", (2, 8)), ("B", (rows, 2))):
+                key = f"base_model.model.model.layers.0.self_attn.{leaf}.lora_{side}.weight"
+                tensors[key] = rng.standard_normal(shape).astype(np.float32)
+        save_file(tensors, folder / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": list(leaves)}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        paths.append(folder)
+    (told,) = lt.compare(paths).findings
+    assert told.code == "names-kept"
+    assert "qkv_proj" in told.message
+    assert "k_proj" in told.message
+    assert "base" in told.hint
+
+
+@pytest.mark.slow
 def test_the_command_prints_matrices_and_refuses_nonsense():
     paths = [dense.TINY / name for name in ("lora", "rslora", "dora")]
     done = run("compare", *paths)

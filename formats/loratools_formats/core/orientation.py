@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from loratools_formats.core.adapter import KindDelta, LowRank
+from loratools_formats.core.change import KindDelta, LowRank
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 OTHER_BASE = "Is this the model the adapter was trained on?"

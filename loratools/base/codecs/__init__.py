@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 
 from loratools.base.codecs import (
+    auto_round,
     awq,
     bitsandbytes,
     comfyui,
@@ -31,6 +32,7 @@ from loratools.base.codecs.codec import (
     Stored,
     WholeEncoder,
 )
+from loratools_formats.checkpoints.siblings import wrong_shape
 
 __all__ = [
     "CODECS",
@@ -54,6 +56,7 @@ CODECS: tuple[Codec, ...] = (
     gptq.CODEC,
     awq.CODEC,
     compressed.CODEC,
+    auto_round.CODEC,
     nvfp4.CODEC,
     mxfp4.CODEC,
     eight_bit.CODEC,
@@ -70,6 +73,9 @@ def coded_weights(stored: Stored) -> dict[str, CodedWeight]:
     found: dict[str, CodedWeight] = {}
     for codec in CODECS:
         declared = codec.declare(stored)
+        for weight in declared.values():
+            if not all(weight.shape):
+                raise wrong_shape(weight.parts[0], "a weight that has values")
         found |= declared
         stored = stored.without(part.key for weight in declared.values() for part in weight.parts)
     return found

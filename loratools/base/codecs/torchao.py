@@ -32,7 +32,7 @@ from loratools.base.codecs.parts import matrix_rows
 from loratools_formats.checkpoints.siblings import sibling, wrong_shape
 from loratools_formats.core.dtypes import DTYPES, Array
 from loratools_formats.core.tensors import TensorRef
-from loratools_formats.disk.errors import UnsupportedError
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.disk.strict_json import parsed_object
 
 _CODES = re.compile(r"(.+)\._([a-z_]+)_qdata")
@@ -152,6 +152,7 @@ def _weight(
     parts = {"qdata": codes, "scale": sibling(stored.tensors, f"{prefix}scale", _FLOATING)}
     if f"{prefix}zero_point" in stored.tensors:
         parts["zero_point"] = stored.tensors[f"{prefix}zero_point"]
+    _check_named(stored, prefix, said.get("_tensor_data_names"))
     block = _block(data.get("block_size"), codes)
     grid = (codes.shape[0] // block[0], codes.shape[1] // block[1])
     for part in list(parts.values())[1:]:
@@ -181,6 +182,19 @@ def _weight(
         )
     name = "torchao FP8" if codes.dtype.floating else f"torchao INT{bits}"
     return _TorchAo(key, parts, dtype, Scheme(name, bits, block[1]), block)
+
+
+def _check_named(stored: Stored, prefix: str, named: Any) -> None:
+    """Refuse a weight of whose tensors the metadata names more than there are.
+
+    Raises:
+        AdapterError: one is missing.
+    """
+    for name in named if isinstance(named, list) else ():
+        if f"{prefix}{name}" not in stored.tensors:
+            raise AdapterError(
+                "a tensor of a quantised weight is missing", tensor=f"{prefix}{name}"
+            )
 
 
 def _block(said: Any, codes: TensorRef) -> tuple[int, int]:

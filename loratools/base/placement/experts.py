@@ -11,7 +11,7 @@ from loratools.base.placement.changes import Placement
 from loratools.base.placement.fused import joined_spans
 from loratools.base.placement.names import Names
 from loratools.base.placement.orient import whole_is_transposed
-from loratools_formats.core.adapter import LowRank, ModuleChange
+from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.orientation import exchanged
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 

@@ -96,9 +96,10 @@ class Names:
         """Return the key of the tensor that a name means; None if the base has no such tensor.
 
         Raises:
-            AdapterError: it could mean several.
+            AdapterError: it could mean several, or the class has two tensors as one.
         """
         if name in self.tensors:
+            self._refuse_twins(name)
             return name
         in_class = self.in_class(name)
         if in_class is not None and in_class.rule is None:
@@ -115,6 +116,24 @@ class Names:
                 expected="one, or one of exactly this name",
             )
         return found[0] if found else None
+
+    def _refuse_twins(self, key: str) -> None:
+        """Refuse a tensor if the class takes another one of the base for the same parameter."""
+        alike = self._by_spelling[self.spelling(key)]
+        if self._model is None or len(alike) == 1:
+            return
+        of_class = {each: self._model.named(unwrapped(each)) for each in alike}
+        own = of_class[key]
+        twins = [k for k, n in of_class.items() if n.rule is None and n.name == own.name]
+        if own.rule is None and len(twins) > 1:
+            raise AdapterError(
+                "two base tensors are one parameter of the model's class, which loads one of them",
+                path=self.base.path,
+                tensor=own.name,
+                got=", ".join(twins),
+                expected="one of them",
+                hint="Remove the other from the base's files",
+            )
 
     def in_class(self, name: str) -> Named | None:
         """Return what the base's class calls a tensor; None if the class is not known."""

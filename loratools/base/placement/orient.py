@@ -7,7 +7,7 @@ from dataclasses import replace
 from loratools.base.placement import rules
 from loratools.base.placement.names import Names
 from loratools_formats.checkpoints.facts import CONV1D_TYPES
-from loratools_formats.core.adapter import KindDelta, LowRank
+from loratools_formats.core.change import KindDelta, LowRank
 from loratools_formats.core.orientation import OTHER_BASE, is_transposed, named_conv1d
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from loratools.base.placement.changes import Placement, Span
-from loratools_formats.core.adapter import Layer, LowRank
+from loratools_formats.core.change import Layer, LowRank
 from loratools_formats.core.dtypes import (
     Array,
     DType,

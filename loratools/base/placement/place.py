@@ -21,7 +21,8 @@ from loratools.base.placement.replacing import place_replacements
 from loratools.base.placement.sites import Site, sites
 from loratools.base.placement.tied import tied_changes
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.orientation import OTHER_BASE
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, printable
@@ -84,7 +85,9 @@ def module_placements(names: Names, module: str, delta: ModuleChange) -> list[Pl
     """
     part = delta.require_factors()
     if part.layer.parameters:
-        return expert_placements(names, module, delta)
+        placed = expert_placements(names, module, delta)
+        if placed or part.layer.kind == "experts":
+            return placed
     found = sites(names, module, "weight")
     if not found:
         return flat_placements(names, module, delta)

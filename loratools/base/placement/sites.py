@@ -83,7 +83,8 @@ def sites(names: Names, module: str, leaf: str) -> list[Site]:
         key = names.find(name)
         if key is not None:
             return [Site(key, part=fusion)]
-    parts = names.cut_to(f"{module}.{leaf}") or _joined_by_name(module, leaf)
+    spelled = (f"{module}.{leaf}", f"{module}.in_proj_{leaf}")
+    parts = next(filter(None, map(names.cut_to, spelled)), None) or _joined_by_name(module, leaf)
     found = [names.find(part) for part in parts]
     keys = [each for each in found if each is not None]
     if parts and len(keys) == len(parts):

@@ -18,7 +18,8 @@ from loratools.operations.check.subject import CONFIG_FILE, Subject
 from loratools_formats.checkpoints.facts import is_vocabulary
 from loratools_formats.contract.format import Context
 from loratools_formats.contract.registry import get_format
-from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.peft_facts import PREFIX
 from loratools_formats.core.wrapped_names import WRAPPERS
 from loratools_formats.disk.errors import AdapterError, LoratoolsError

@@ -17,7 +17,8 @@ from loratools.algebra.outliers import DEAD, ONE_SIDED, scores_in_families
 from loratools.operations.check.remedy import Remedy
 from loratools.operations.check.rule import Found, Rule
 from loratools.operations.check.subject import Subject
-from loratools_formats.core.adapter import Adapter, LowRank
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import LowRank
 from loratools_formats.core.dtypes import Array
 from loratools_formats.core.tensors import TensorRef
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from loratools_formats.contract.commands import command_on
+from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
 
 Kind = Literal["plain", "rank", "uniform", "tidy", "drop-dead", "rebalance", "format", "rewrite"]
@@ -59,8 +60,11 @@ class Remedy:
             if self.base
             else command_on(adapter, verb, options, output=output)
         )
+        if self.kind != "format":
+            return text
         # Another format has another suffix, or none.
-        return f"{text.rpartition(' ')[0]} {output}" if self.kind == "format" else text
+        suffix = "" if get_format(str(self.value)).naming is None else ".safetensors"
+        return f"{text.rpartition(' ')[0]} {output}{suffix}"
 
 
 def in_order(remedies: set[Remedy]) -> list[Remedy]:

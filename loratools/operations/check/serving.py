@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 
+from loratools.operations.check.kohya_names import scales_by_commonest
 from loratools.operations.check.remedy import Remedy
 from loratools.operations.check.rule import Found, Rule
 from loratools.operations.check.subject import CONFIG_FILE, Subject
 from loratools.operations.check.targets import Support, Target
-from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import ModuleChange
 
 OfTarget = Callable[[Subject, Adapter, Target], Iterator[Found]]
 WORDS: dict[Support, str] = {
@@ -112,7 +114,13 @@ def _scale(subject: Subject, adapter: Adapter, target: Target) -> Iterator[Found
     """Compare each scale with the one that a program would take."""
     parts = {n: c.factors for n, c in adapter.modules.items() if c.factors is not None}
     scales = {name: part.scale for name, part in parts.items()}
-    if target.scales in ("own", "unknown") or not scales:
+    if not scales:
+        return
+    lost = scales_by_commonest(adapter, target)
+    if lost:
+        yield _of_alphas(adapter, target, scales, lost)
+        return
+    if target.scales in ("own", "unknown"):
         return
     if target.scales == "one" and "peft" not in target.formats:
         if len(set(scales.values())) > 1:
@@ -130,6 +138,22 @@ def _scale(subject: Subject, adapter: Adapter, target: Target) -> Iterator[Found
         )
         file = CONFIG_FILE if adapter.format == "peft" else None
         yield Found(text, first, file, remedy=_uniform(adapter), target=target.name)
+
+
+def _of_alphas(
+    adapter: Adapter, target: Target, scales: Mapping[str, float], taken: Mapping[str, float]
+) -> Found:
+    """Return that a program gives modules the alpha of others."""
+    first = next(iter(taken))
+    text = (
+        f"{target.label} passes over the alphas of {len(taken)} of {len(scales)} modules and takes "
+        f"the one that most have: {first} is multiplied by {taken[first]:g} instead of "
+        f"{scales[first]:g}"
+    )
+    own = target.scales == "own"
+    remedy = Remedy("format", "diffusers") if own else _uniform(adapter)
+    hint = f"Without loss: {remedy.command(adapter)}"
+    return Found(text, first, hint=hint, remedy=remedy, target=target.name)
 
 
 def _taken_scales(subject: Subject, ranks: Mapping[str, int], target: Target) -> dict[str, float]:
@@ -269,11 +293,13 @@ RULES = (
         "LT506", "scale-dropped", "error",
         "The program takes another scale for a module than PEFT.",
         "It reads alpha and rank of the configuration and passes over alpha_pattern, rank_pattern "
-        "or use_rslora: the module loads and acts too strongly or too weakly.",
+        "or use_rslora: the module loads and acts too strongly or too weakly. diffusers gives "
+        "attention in files with kohya's names the alpha that most modules have.",
         "Give all modules one rank and scale without loss: "
-        "`loratools squeeze ADAPTER -o NEW --uniform --rank R`.",
+        "`loratools squeeze ADAPTER -o NEW --uniform --rank R`; for diffusers "
+        "`loratools convert ADAPTER NEW --to diffusers`.",
         "`PEFTHelper.from_dict` in vLLM 0.26; `LoRAAdapter` in SGLang; `get_scaling_factor` in "
-        "LoRAX; `get_peft_kwargs` in diffusers 0.39",
+        "LoRAX; `get_peft_kwargs` in diffusers",
         each_target(_scale), key="alpha_pattern",
     ),
     Rule(

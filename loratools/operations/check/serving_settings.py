@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from loratools.operations.check.kohya_names import lost_modules
 from loratools.operations.check.remedy import Remedy
 from loratools.operations.check.rule import Found, Rule
 from loratools.operations.check.serving import FUSE, WORDS, each_target, unusable
@@ -95,5 +96,14 @@ RULES = (
         "Fuse the adapter into its base: `loratools fuse BASE ADAPTER -o FUSED`.",
         "`validate_new_adapter` in SGLang",
         each_target(_added_tokens),
+    ),
+    Rule(
+        "LT518", "target-names", "error",
+        "The program does not find modules by kohya's names of this architecture.",
+        "diffusers has converters for some architectures and some of their modules; of others it "
+        "loads nothing, with a warning in its log at most.",
+        "Convert it: `loratools convert ADAPTER NEW --to diffusers`.",
+        "the loaders of diffusers 0.42.1, run on every architecture that has a table of names",
+        each_target(lost_modules),
     ),
 )  # fmt: skip

@@ -19,6 +19,22 @@ one, or nobody has looked."""
 
 
 @dataclass(frozen=True)
+class KohyaFacts:
+    """What a program makes of single files with kohya's names.
+
+    Attributes:
+        commonest: patterns of modules that get the α that most modules of their component have,
+            and not their own.
+        ignored: tables of names of architectures whose files it loads nothing of.
+        lost: (table, pattern) of the modules that it leaves out of files that it loads.
+    """
+
+    commonest: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    lost: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
 class Target:
     """A program that serves adapters.
 
@@ -59,6 +75,7 @@ class Target:
         ignored_settings: keys of the configuration that it passes over.
         inits: values of init_lora_weights that it takes, where it refuses others.
         modules: last parts of module names that it adapts; empty if the model decides.
+        kohya: what it makes of files with kohya's names.
         retired: why nothing can be loaded any more; empty if that is not so.
     """
 
@@ -96,6 +113,7 @@ class Target:
     ignored_settings: tuple[str, ...] = ()
     inits: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
+    kohya: KohyaFacts = KohyaFacts()
     retired: str = ""
 
     @property

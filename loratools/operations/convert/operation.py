@@ -20,7 +20,7 @@ from loratools.lowrank.true_rank import of_true_rank
 from loratools.naming.lists import names_of_adapter, names_of_base
 from loratools.naming.rename import NamingOptions, Renamed, renamed
 from loratools.naming.tables import find_table
-from loratools.operations.convert.class_names import in_target_names, uses_names
+from loratools.operations.convert.class_names import in_target_names, uses_names, with_flat_experts
 from loratools.operations.convert.compare_written import ConversionCheck, compared
 from loratools.operations.convert.experts.in_layout import in_layout
 from loratools.operations.convert.experts.layouts import PeftLayout, Wanted
@@ -200,9 +200,10 @@ def prepare(
         context.base,
         experts,
         lambda given: _in_model_terms(given, target, context, names_of),
+        names_of,
     )
     model = model if single.as_it_is else _with_positive_scales(model)
-    if target.name == "gguf" and context.base is not None and model.replacements:
+    if target.name in ("gguf", "mlx") and context.base is not None and model.replacements:
         model = without_repeated(model, stored_in(context.base))
     lost = [] if single.as_it_is else _lost_by_any_name(model, target)
     left = {loss.name for loss in lost}
@@ -229,6 +230,7 @@ def prepare(
     if single.strip_training_metadata:
         model = replace(model, metadata=without_training_data(model.metadata))
     exact, made = _translated(model, named, target, context, single)
+    _refuse_other_form(made, adapter, target)
     options: dict[str, Any] = {"to": target.name, **single.record()}
     options |= {} if names_of is None else {"names_of": names_of}
     options |= wanted.record()
@@ -259,6 +261,12 @@ def _refuse_nothing(
             got=f"{len(adapter.modules)} modules",
             hint=losses[0].remedy or None if losses else None,
         )
+
+
+def _refuse_other_form(made: Adapter, adapter: Adapter, target: Format) -> None:
+    """Refuse an output that would not have the form that was asked for."""
+    for told in target.writing_findings(made):
+        raise UnsupportedError(told.message, path=adapter.source, tensor=told.where, hint=told.hint)
 
 
 def _with_positive_scales(adapter: Adapter) -> Adapter:
@@ -350,9 +358,10 @@ def _in_model_terms(
 ) -> Adapter:
     source = get_format(adapter.format)
     model = adapter if source.name == target.name else source.to_model(adapter, context)
-    if uses_names(source.name, target.name):
+    of_llama_cpp = source.name == "gguf" and target.name == "mlx"
+    if uses_names(source.name, target.name) or of_llama_cpp:
         return in_target_names(model, target.name, context.base, as_stored=names_of == "4")
-    return model
+    return with_flat_experts(model, context.base) if target.name == "peft" else model
 
 
 def _uses_base(source: Format, target: Format) -> bool:

@@ -30,7 +30,8 @@ from loratools_formats.checkpoints.facts import (
     is_conv1d,
     is_embedding,
 )
-from loratools_formats.core.adapter import KindDelta, Layer, ModuleChange, Replacement
+from loratools_formats.core.adapter import Replacement
+from loratools_formats.core.change import KindDelta, Layer, ModuleChange
 from loratools_formats.core.dtypes import DTYPES
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.orientation import named_conv1d

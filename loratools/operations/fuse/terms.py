@@ -17,7 +17,7 @@ import numpy as np
 from loratools.base.placement import BiasPlacement, Placement, Span
 from loratools.kinds.declaration import Rows
 from loratools.operations.fuse.streamed import StreamedPlacement
-from loratools_formats.core.adapter import LowRank
+from loratools_formats.core.change import LowRank
 from loratools_formats.core.dtypes import Array, converted
 from loratools_formats.core.orientation import OTHER_BASE
 from loratools_formats.disk.errors import AdapterError

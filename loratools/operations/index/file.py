@@ -27,7 +27,7 @@ from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 METADATA_KEY = "loratools_index"
-VERSION = 1
+VERSION = 2
 _TENSORS = ("sketch", "a_sketch", "shares")
 _MOST_VALUES = 1 << 24
 

@@ -15,10 +15,11 @@ import numpy as np
 
 from loratools.algebra.sketch import BLOCKS, LENGTH, SIDE, blocks, signs, unit
 from loratools.folding.thin_modules import ThinModules
-from loratools.operations.compare.names import in_model_names
+from loratools.operations.compare.names import in_common_names
 from loratools.operations.index.file import Entry, Row
 from loratools.work.parallel import in_order
-from loratools_formats.core.adapter import Adapter, LowRank
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import LowRank
 from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import AdapterError, LoratoolsError
 
@@ -32,7 +33,7 @@ class Subject:
     Attributes:
         path: as the index is to name it.
         digest: sha256 of its files.
-        adapter: under the base model's names where a way leads there.
+        adapter: under names to which its other spellings lead, where a way leads there.
     """
 
     path: str
@@ -43,7 +44,7 @@ class Subject:
     def of(cls, path: str, adapter: Adapter) -> Subject:
         """Return an adapter under the names by which it is sketched."""
         try:
-            named = adapter if adapter.format == "peft" else in_model_names(adapter, None)
+            named = in_common_names(adapter)
         except LoratoolsError:
             named = adapter
         return cls(path, digest_of(adapter), named)

@@ -17,7 +17,8 @@ from loratools.operations.convert.operation import prepare
 from loratools.work.scratch import Scratch
 from loratools_formats.contract.commands import command_on
 from loratools_formats.contract.shared_set import Member, is_shared_set, possible_name
-from loratools_formats.core.adapter import Adapter, LowRank
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import LowRank
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError

@@ -25,7 +25,8 @@ from loratools.work.provenance import operation_record, record_metadata
 from loratools.work.scratch import Scratch
 from loratools.work.typed import check_options
 from loratools_formats.contract.shared_set import Member, Part, SharedModule, SharedSet, parsed
-from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import OptionError
 from loratools_formats.disk.provenance import with_record

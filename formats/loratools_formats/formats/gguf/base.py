@@ -117,7 +117,7 @@ def _of_config(path: Path) -> Base:
         name = inner
     architecture = BY_CLASS[name]
     tied = not architecture.outputs or _is_tied(path, values, architecture)
-    values = text_values(values)
+    values = _with_sections(text_values(values))
     heads = _size(values, path, "num_attention_heads", "n_head", "n_heads", default=0)
     hidden = _size(values, path, "hidden_size", "n_embd", "d_model", "dim")
     experts = _size(
@@ -133,7 +133,12 @@ def _of_config(path: Path) -> Base:
             head_width=_size(values, path, "head_dim", default=hidden // max(heads, 1)),
             experts=experts,
             expert_width=_size(
-                values, path, "moe_intermediate_size", "intermediate_size", default=0
+                values,
+                path,
+                "moe_intermediate_size",
+                "intermediate_size",
+                "ffn_hidden_size",
+                default=0,
             ),
             linear_keys=_size(values, path, "linear_num_key_heads", default=0),
             linear_values=_size(values, path, "linear_num_value_heads", default=0),
@@ -170,7 +175,15 @@ def _kv_heads(values: Mapping[str, Any], path: Path, heads: int) -> int:
     """Return the number of key and value heads; Falcon has three ways to say it."""
     if values.get("new_decoder_architecture") is False:
         return 1 if values.get("multi_query") is True else heads
-    return _size(values, path, "num_key_value_heads", "num_kv_heads", "n_head_kv", default=heads)
+    names = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "kv_n_heads")
+    return _size(values, path, *names, default=heads)
+
+
+def _with_sections(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration with what DBRX says of its layers in sections of their own."""
+    sections = (values.get(name) for name in ("attn_config", "ffn_config"))
+    inner = [section for section in sections if isinstance(section, Mapping)]
+    return {key: value for section in (*inner, values) for key, value in section.items()}
 
 
 def _size(values: Mapping[str, Any], path: Path, *names: str, default: int | None = None) -> int:

@@ -16,13 +16,9 @@ from typing import Any
 from loratools_formats.containers.pickles import read_bin
 from loratools_formats.containers.safetensors_read import SafetensorsFile, read_safetensors
 from loratools_formats.containers.sniffing import is_beside_peft_config
-from loratools_formats.core.adapter import (
-    Adapter,
-    ExpertLayout,
-    ModuleChange,
-    Replacement,
-)
+from loratools_formats.core.adapter import Adapter, ExpertLayout, Replacement
 from loratools_formats.core.attachments import ATTACHMENTS
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.distant import is_there

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loratools_formats.core.adapter import KindDelta, Layer
+from loratools_formats.core.change import KindDelta, Layer
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.peft_facts import square_orientation
 from loratools_formats.core.tensors import TensorRef

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from loratools_formats.core.adapter import Axis, KindDelta, Layer, LowRank, ModuleChange
+from loratools_formats.core.change import Axis, KindDelta, Layer, LowRank, ModuleChange
 from loratools_formats.core.factors import check_factor, flattened_convolution
 from loratools_formats.core.kind_shapes import check_shapes
 from loratools_formats.core.single_file_keys import Role

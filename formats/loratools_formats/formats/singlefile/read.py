@@ -13,12 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from loratools_formats.containers.safetensors_read import read_safetensors
-from loratools_formats.core.adapter import (
-    Adapter,
-    Addition,
-    ModuleChange,
-    Replacement,
-)
+from loratools_formats.core.adapter import Adapter, Addition, Replacement
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.peft_facts import PREFIX
 from loratools_formats.core.single_file_keys import IA3_MARK, Key, Naming, Role, parse

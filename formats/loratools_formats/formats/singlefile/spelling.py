@@ -13,13 +13,8 @@ import numpy as np
 
 from loratools_formats.contract.commands import command_on
 from loratools_formats.contract.format import Loss
-from loratools_formats.core.adapter import (
-    Adapter,
-    Addition,
-    LowRank,
-    ModuleChange,
-    Replacement,
-)
+from loratools_formats.core.adapter import Adapter, Addition, Replacement
+from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.single_file_keys import Naming, Role, parse
 from loratools_formats.core.tensors import TensorRef, in_memory
 from loratools_formats.disk.errors import UnsupportedError

@@ -9,7 +9,7 @@ import numpy as np
 
 from loratools.operations.convert.experts.groups import Group, Order
 from loratools.operations.convert.experts.recent import Recent
-from loratools_formats.core.adapter import Layer, LowRank, ModuleChange
+from loratools_formats.core.change import Layer, LowRank, ModuleChange
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import UnsupportedError
 

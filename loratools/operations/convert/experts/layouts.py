@@ -30,7 +30,8 @@ from loratools.operations.convert.experts.stacked import nested, stacked
 from loratools.operations.convert.experts.stored_names import in_stored_names
 from loratools.operations.convert.experts.tinker_names import in_tinker_names
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.orientation import exchanged
 from loratools_formats.disk.errors import UnsupportedError
@@ -177,15 +178,20 @@ def _on_side(
 ) -> tuple[dict[str, ModuleChange], int]:
     """Return stacks with A on the side where a release of PEFT has it, and how many were turned."""
     wants_swapped = _swaps(adapter, wanted, base, owner)
+    types = types_of(adapter, base)
+    lies = bool(types & (rules.TRANSPOSED_EXPERTS | rules.UNMARKED_TRANSPOSED)) if types else None
     made, turned = {}, 0
     for path, change in modules.items():
         was = adapter.modules.get(path)
         before = bool(was is not None and was.layer.swapped)
         swapped = before if wants_swapped is None else wants_swapped
         part = change.require_factors()
-        if swapped and part.layer.kind == "experts":
-            part = exchanged(part)
-            part = replace(part, layer=replace(part.layer, swapped=True))
+        if part.layer.kind == "experts":
+            part = exchanged(part) if swapped else part
+            layer = replace(part.layer, swapped=swapped)
+            if lies is not None:
+                layer = replace(layer, transposed_if_square=swapped != lies)
+            part = replace(part, layer=layer)
         made[path] = change.with_direction(part)
         turned += was is not None and before != swapped
     return made, turned

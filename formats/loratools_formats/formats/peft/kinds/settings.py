@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from loratools_formats.core.adapter import Missing, ModuleChange
+from loratools_formats.core.change import Missing, ModuleChange
 from loratools_formats.core.config_values import LOOPS, Values
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError

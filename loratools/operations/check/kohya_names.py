@@ -1,0 +1,89 @@
+"""What a program makes of kohya's names: alphas that it gives to the wrong modules, and losses."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+from loratools.naming.choice import NamedModules, chosen_tables
+from loratools.naming.rename import all_names
+from loratools.operations.check.remedy import Remedy
+from loratools.operations.check.rule import Found
+from loratools.operations.check.subject import Subject
+from loratools.operations.check.targets import Target
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.disk.errors import LoratoolsError
+
+_COMPONENT = re.compile(r"lora_[a-z0-9]+_")
+_OF_UNETS = re.compile(
+    r"lora_unet_((input|output|down|up)_blocks|mid(dle)?_block|conv_(in|out)|out_2|time_emb"
+    r"|label_emb|add_emb)"
+)
+
+
+def scales_by_commonest(adapter: Adapter, target: Target) -> dict[str, float]:
+    """Return the scales that a program takes for modules whose own alphas it passes over.
+
+    It takes the alpha that most modules of the component have, for lack of their own. Modules
+    whose scale comes out right are left out.
+
+    Args:
+        adapter: of any format; others than kohya's UNets and their text encoders have no such.
+        target: the program.
+    """
+    patterns = [re.compile(text) for text in target.kohya.commonest]
+    if not patterns or adapter.format != "kohya" or not _is_of_a_unet(adapter):
+        return {}
+    parts = {n: c.factors for n, c in adapter.modules.items() if c.factors is not None}
+    alphas: dict[str, Counter[float]] = {}
+    for name, part in parts.items():
+        if part.alpha_tensor is not None:
+            counts = alphas.setdefault(_component(name), Counter())
+            counts[round(part.scale * part.rank, 9)] += 1
+    taken = {}
+    for name, part in parts.items():
+        found = alphas.get(_component(name))
+        passed_over = part.alpha_tensor is None or any(p.fullmatch(name) for p in patterns)
+        if found and passed_over:
+            scale = found.most_common(1)[0][0] / part.rank
+            if not math.isclose(scale, part.scale, rel_tol=1e-6):
+                taken[name] = scale
+    return taken
+
+
+def _component(name: str) -> str:
+    found = _COMPONENT.match(name)
+    return "" if found is None else found[0]
+
+
+def _is_of_a_unet(adapter: Adapter) -> bool:
+    denoiser = [name for name in adapter.modules if name.startswith("lora_unet_")]
+    return all(_OF_UNETS.match(name) for name in denoiser)
+
+
+def lost_modules(_: Subject, adapter: Adapter, target: Target) -> Iterator[Found]:
+    """Find modules of kohya's names that a program loads nothing of, and says nothing."""
+    facts = target.kohya
+    if adapter.format != "kohya" or not (facts.ignored or facts.lost):
+        return
+    file = NamedModules.of(adapter, {name: name for name in all_names(adapter)})
+    try:
+        tables = chosen_tables([file], "diffusers")
+    except LoratoolsError:
+        return
+    remedy = Remedy("format", "diffusers")
+    hint = f"Convert it: {remedy.command(adapter)}"
+    if tables and all(table.name in facts.ignored for table in tables):
+        titles = " or ".join(table.title for table in tables)
+        text = f"{target.label} loads nothing of a file with kohya's names of {titles}"
+        yield Found(text, hint=hint, remedy=remedy, target=target.name)
+        return
+    patterns = [dict(facts.lost).get(table.name) for table in tables]
+    told = [re.compile(pattern) for pattern in patterns if pattern is not None]
+    lost = [name for name in file.names if told and all(p.fullmatch(name) for p in told)]
+    if lost and len(told) == len(tables):
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        text = f"{target.label} silently leaves out modules of kohya's names: {lost[0]}{more}"
+        yield Found(text, lost[0], hint=hint, remedy=remedy, target=target.name)
