@@ -72,7 +72,7 @@ CODES: Mapping[str, str] = {
     "stacks-kept": "stacks of experts' weights stay as they are",
     "files-left-out": "files beside the base are not carried over",
     # Converting, extracting and merging.
-    "experts-laid-out": "factors of experts were padded, doubled, folded or transposed for a layout",
+    "experts-laid-out": "a layout needed factors of experts padded, doubled, folded or transposed",
     "expert-halves-assumed": "only the sizes show that gate and up are joined in halves",
     "base-unused": "the base model is not needed",
     "attachments-left-out": "the format has no place for the files beside the adapter",
@@ -95,7 +95,7 @@ CODES: Mapping[str, str] = {
     "not-beside-base": "a module is not compared with its base weight",
     "rule-broken": "a rule of `check` found something in what is published",
     "no-reference": "an entry in the folder of references is not an adapter",
-    "names-kept": "an adapter keeps its own names, since no translation to those of the base model is known",
+    "names-kept": "an adapter keeps its own names, since the base model's are not known for it",
     "single-precision": "sums are of float32 within blocks, for speed",
     "leading-part": "changes of full rank are compared by their leading singular triplets",
     "not-in-both-bases": "a module is left out of a comparison of bases",
