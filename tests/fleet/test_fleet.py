@@ -172,7 +172,7 @@ def test_a_failing_adapter_costs_itself_only(adapters, tmp_path):
 
 
 def test_the_manifest_has_a_line_for_each(adapters, tmp_path):
-    (adapters[1] / "adapter_model.safetensors").write_bytes(b"rubbish")
+    (adapters[1] / "adapter_model.safetensors").write_bytes(b"\x81rubbish")
     found = squeeze(tmp_path)
     text = (tmp_path / "out" / "fleet-squeeze.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]

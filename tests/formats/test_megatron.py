@@ -153,7 +153,7 @@ def test_archives_of_nemo_are_opened(tmp_path):
 @pytest.mark.parametrize(
     ("names", "compression", "message"),
     [
-        (["weights.ckpt"], "", "has not one model_weights"),
+        (["weights.ckpt"], "", "does not have exactly one model_weights"),
         (["tp_rank_00/model_weights.ckpt", "tp_rank_01/model_weights.ckpt"], "", "Merge the ranks"),
         (["model_weights.ckpt"], "gz", "compressed"),
     ],

@@ -226,9 +226,25 @@ def comfy_kitchen(model, out):
         ("mxfp8", "TensorCoreMXFP8Layout", torch.bfloat16, {}),
         ("int8_tensorwise", "TensorWiseINT8Layout", torch.float32, {}),
         ("int8_tensorwise", "TensorWiseINT8Layout", torch.float32, {"per_channel": True}),
-    ):
-        found = QuantizedTensor.from_float(weight, layout, **options)
-        said = {"_quantization_metadata": json.dumps({"layers": {"x": {"format": form}}})}
+        (
+            "int8_tensorwise", "TensorWiseINT8Layout", torch.float32,
+            {"per_channel": True, "convrot": True, "convrot_groupsize": 16},
+        ),
+        ("convrot_w4a4", "TensorCoreConvRotW4A4Layout", torch.float32, {"convrot_groupsize": 64}),
+        ("nvfp4", "TensorCoreNVFP4Layout", torch.bfloat16, {"shape": (150, 92)}),
+        ("mxfp8", "TensorCoreMXFP8Layout", torch.bfloat16, {"shape": (150, 92)}),
+    ):  # fmt: skip
+        about = {"format": form, **options}
+        shape = about.pop("shape", None)
+        if shape is not None:
+            about["orig_shape"] = list(shape)
+        own = weight if shape is None else weight[: shape[0], : shape[1]].contiguous()
+        if "w4a4" in form:
+            own = torch.randn(32, 128) * 0.02
+        found = QuantizedTensor.from_float(
+            own, layout, **{k: v for k, v in options.items() if k != "shape"}
+        )
+        said = {"_quantization_metadata": json.dumps({"layers": {"x": about}})}
         tensors = {**found.state_dict("weight"), "metadata": said}
         yield "-".join([form, *options]), tensors, {}, found.dequantize().to(dtype)
 

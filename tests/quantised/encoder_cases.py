@@ -144,6 +144,16 @@ def comfyui(rng, form, group):
     return tensors, {"metadata": {"_quantization_metadata": json.dumps({"layers": layers})}}
 
 
+def convrot(rng, form, bits):
+    codes = rng.integers(-100, 100, (OUT, IN * bits // 8)).astype(np.int8)
+    said = {"format": form, "convrot": True, "convrot_groupsize": 16}
+    layers = dict.fromkeys(("x", "layers.0.q", "layers.1.q"), said)
+    return {
+        "x.weight": codes,
+        "x.weight_scale": numbers(rng, (OUT, 1)),
+    }, {"metadata": {"_quantization_metadata": json.dumps({"layers": layers})}}
+
+
 def fp8(rng, scale, *, kind="F8_E4M3", shape=(OUT, IN), inputs=None, stated=None):
     dtype = DTYPES[kind].numpy_dtype()
     values = (rng.standard_normal(shape) * 20).astype(np.float32).astype(dtype)
@@ -217,6 +227,8 @@ CASES = {
     "torchao INT4": lambda r: torchao(r, "IntxUnpackedToInt8Tensor", (1, 32), bits=4, zero=True),
     "ComfyUI NVFP4": lambda r: comfyui(r, "nvfp4", 16),
     "ComfyUI MXFP8": lambda r: comfyui(r, "mxfp8", 32),
+    "ConvRot INT8": lambda r: convrot(r, "int8_tensorwise", 8),
+    "ConvRot INT4": lambda r: convrot(r, "convrot_w4a4", 4),
     "MXFP8": lambda r: fp8(r, r.integers(115, 125, (OUT, IN // 32)).astype(np.uint8)),
 }  # fmt: skip
 

@@ -64,6 +64,7 @@ CODES: Mapping[str, str] = {
     "trained-on-four-bits": "an adapter's files say that its base was in four bits",
     "noisier-than-base": "quantising changed the weights by more than the adapter does",
     "rescaled-inputs": "the base's weights expect scaled inputs, unlike the original model's",
+    "nearest-codes": "changed weights have the nearest codes; the format chose its own by data",
     "type-fallback": "tensors cannot be stored in the GGUF type asked for",
     "parts-joined": "the parts of a split model become one file",
     # Quantising and dequantising.

@@ -82,11 +82,13 @@ class CodedWeight(ABC):
         parts: all tensors that make it up, the codes first.
         scheme: how it is quantised.
         caveat: what to know when something is added to it; empty if nothing.
+        caveat_written: what to know when its codes are written anew; empty if nothing.
         together: rows that are read from the same bytes; fewer take as long.
         is_four_bit_format: whether it is what `quantize` makes of weights, which leaves it alone.
     """
 
     caveat: ClassVar[str] = ""
+    caveat_written: ClassVar[str] = ""
     is_four_bit_format: ClassVar[bool] = False
     together: ClassVar[int] = 1
 

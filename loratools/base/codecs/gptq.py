@@ -44,6 +44,11 @@ _TOGETHER = 32  # columns whose codes fill whole words
 class _Gptq(CodedWeight):
     """scale · (code − zero), stored as (in, out)."""
 
+    caveat_written = (
+        "GPTQ and AutoRound choose codes by data, so that later ones make up for the errors of "
+        "earlier ones; that cannot be repeated without data: changed weights have the nearest codes"
+    )
+
     def __init__(
         self, key: str, parts: Mapping[str, TensorRef], bits: int, *, first_version: bool
     ) -> None:

@@ -30,6 +30,7 @@ from loratools.operations.fuse.plan import TensorPlan
 from loratools.operations.fuse.result import FusePreview, FuseResult
 from loratools.operations.fuse.storage import (
     caveats,
+    caveats_written,
     config_of,
     no_longer_quantised,
     plan_storage,
@@ -242,7 +243,8 @@ class Fusion:
         if not self.options.keeps_format:
             return no_longer_quantised(self._storage, self.options.dtype)
         changed = [self._dequantised.weights[key] for key in self._storage.encoders]
-        return [*caveats(changed), *noise(list(self.reports.values()))]
+        noisy = noise(list(self.reports.values()))
+        return [*caveats(changed), *caveats_written(changed), *noisy]
 
     def write(
         self,

@@ -29,6 +29,8 @@ def in_one_format(inputs: Sequence[MergeInput], base: Checkpoint | None) -> list
         AdapterError: one does, and there is no base.
         LoratoolsError: the first's format cannot hold another.
     """
+    if not inputs:
+        return []
     first = inputs[0].adapter
     if get_format(first.format).naming is not None:
         return list(inputs)
