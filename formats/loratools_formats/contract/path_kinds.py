@@ -5,6 +5,7 @@ Every command in a hint can be pasted; what only the user knows stands in capita
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
 import re
@@ -42,6 +43,7 @@ _OTHER_WEIGHTS = {
 }
 _MOST_JSON_BYTES = 16 << 20
 _MOST_SHOWN = 4
+_MOST_NAMES = 10_000  # looked at for one that is nearly as typed
 
 
 def missing(path: str | os.PathLike[str]) -> MissingFileError:
@@ -77,7 +79,7 @@ def missing(path: str | os.PathLike[str]) -> MissingFileError:
     found = None if text.endswith(_OF_FILES) else _HUB_ID.fullmatch(text)
     parent = os.path.dirname(text)
     if found is None or (not text.startswith(("hf:", "http")) and os.path.isdir(parent)):
-        return MissingFileError("no such file or folder", path=path)
+        return MissingFileError("no such file or folder", path=path, hint=_like(text))
     name = found[1]
     local = shlex.quote(name.rpartition("/")[2])
     return MissingFileError(
@@ -85,6 +87,17 @@ def missing(path: str | os.PathLike[str]) -> MissingFileError:
         path=path,
         hint=f"If it is on the Hugging Face Hub: hf download {name} --local-dir {local}",
     )
+
+
+def _like(text: str) -> str | None:
+    """Return a hint with a path that is there and called nearly so."""
+    parent, name = os.path.split(text.rstrip("/"))
+    try:
+        names = [one for one in os.listdir(parent or ".")[:_MOST_NAMES] if not one.startswith(".")]
+    except (OSError, ValueError):
+        return None
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+    return f"Did you mean {shlex.quote(os.path.join(parent, close[0]))}?" if close else None
 
 
 def _is_circle(link: str) -> bool:
