@@ -229,3 +229,12 @@ def test_a_table_names_the_components_of_a_file_without_dotted_paths(room):
             name,
         )
     assert "te, unet" in typed(f"info {' '.join(files)}")[1]
+
+
+def test_info_tells_how_an_output_was_made(room):
+    assert typed("squeeze a -o b --rank 4 -q")[0] == 0
+    told = typed("info b")[1]
+    assert re.search(r"made by +loratools \S+ squeeze device=cpu method=exact rank=4\n", told), told
+    history = re.search(r"history +loratools (provenance b)\n", told)
+    assert history is not None
+    assert "squeeze" in typed(history[1])[1]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -195,10 +196,26 @@ def _made_by(provenance: Mapping[str, str], path: str) -> list[tuple[str, str]]:
     if operation is None:
         return list(rest.items())
     rest.pop("inputs", None)
-    options = rest.pop("options", "{}").translate(str.maketrans("", "", '{}"')).replace(",", ", ")
-    made = f"loratools {version or ''} {operation}: {options}".rstrip(": ")
-    shown = f"{made}; see: loratools provenance {shlex.quote(path)}"
-    return [("made by", shown), *rest.items()]
+    made = ["loratools", version or "", operation, _options(rest.pop("options", ""))]
+    history = f"loratools provenance {shlex.quote(path)}"
+    return [("made by", " ".join(filter(None, made))), ("history", history), *rest.items()]
+
+
+def _options(recorded: str) -> str:
+    """Return recorded options as `rank=2 device=cpu`; as they stand if they are no JSON object."""
+    try:
+        options = json.loads(recorded or "{}")
+    except ValueError:
+        return recorded
+    return " ".join(_pairs(options)) if isinstance(options, dict) else recorded
+
+
+def _pairs(options: Mapping[str, object], prefix: str = "") -> Iterator[str]:
+    for key, value in options.items():
+        if isinstance(value, dict):
+            yield from _pairs(value, "" if key == "rule" else f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}={value if isinstance(value, str) else json.dumps(value)}"
 
 
 def _targets(found: AdapterInfo) -> set[str]:

@@ -60,7 +60,8 @@ def command(
         )
     report(result, lambda found: _show(found, verbose=reporting.verbose), reporting)
     if result.contained is None and not reporting.quiet:
-        note("that cannot be told; see the reasons above" if result.told else "nothing can be told")
+        told = "the rest is not known; see the reasons above"
+        note(told if result.told else "nothing is known")
     return {True: 0, False: EXIT_FOUND, None: EXIT_UNCHECKED}[result.contained]
 
 

@@ -138,17 +138,17 @@ def check(
     threads: Workers,
     progress: Progress | None = None,
 ) -> CheckResult:
-    """Check adapters against rules, for the programs that are to serve them.
+    """Check adapters against rules, for the programs that will serve them.
 
-    A result without findings says that the rules which ran met nothing, and no more.
+    A result without findings says only that the rules that ran found nothing.
 
     >>> import loratools as lt
     >>> lt.check("examples/tiny-llama/lora", target=["vllm"]).counts["error"]
     0
 
     Args:
-        sources: an adapter, or several; a path that does not exist is in `unchecked`.
-        base: the base model, which names and shapes are compared with.
+        sources: an adapter, or several; paths that do not exist are listed in `unchecked`.
+        base: the base model, for the rules that compare names and shapes.
         progress: called with (adapters done, adapters in all).
 
     Raises:

@@ -203,7 +203,7 @@ def fleet_similar(
 
     Raises:
         AdapterError: no sound index, or an adapter that changes nothing.
-        UnsupportedError: the adapter's change cannot be told.
+        UnsupportedError: the adapter's change is not known.
     """
     found, adapter = read_index(index), opened(source, reading)
     path = "" if adapter.source is None else str(adapter.source)

@@ -156,15 +156,17 @@ def merge(
 
     Args:
         adapters: a mapping of paths to weights, a sequence of adapters or (adapter, weight), or the
-            path of a recipe, which then says all but `workers`, `device` and where to write.
-        base: the base model, where a DoRA takes part.
+            path of a recipe, which then states everything except `workers`, `device` and the
+            output.
+        base: the base model, if an adapter is a DoRA.
         progress: called with (modules done, modules in all).
 
     Raises:
         OptionError: options that do not fit the method, each other, the adapters or the recipe.
         InexactError: the error is above `max_error`; the error carries the result.
         AdapterError: adapters that do not fit together, or NaN and infinite values.
-        UnsupportedError: an adapter whose factors do not tell its ΔW, or a DoRA without its base.
+        UnsupportedError: an adapter whose factors do not determine its ΔW, or a DoRA without its
+            base.
         OutputExistsError: the output exists and `overwrite` is false.
     """
     if isinstance(adapters, str | os.PathLike):

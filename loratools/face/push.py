@@ -110,9 +110,9 @@ def push(
 ) -> PushResult:
     """Publish an adapter or a model on the Hub, checked, with a card, in one commit.
 
-    Files that loratools does not know stay here. The card's text and keys that its author wrote
-    stay as they are; what is said of the adapter lies between two marks. A repository that holds
-    all of it already gets no commit.
+    Files that loratools does not know are not published. The text and the keys that the card's
+    author wrote are kept; loratools writes about the adapter between two marks. If the repository
+    has everything already, no commit is made.
 
     >>> import loratools as lt
     >>> lt.push("examples/tiny-llama/lora", "hf://datasets/me/tiny")  # doctest: +ELLIPSIS
@@ -125,8 +125,8 @@ def push(
         progress: called with (adapters checked, adapters in all).
 
     Raises:
-        UnfitError: `check` found something as grave as `fail_on`, errors by default.
-        MissingFileError: no such repository, and it is not to be made.
+        UnfitError: `check` found something of the severity `fail_on` or worse.
+        MissingFileError: there is no such repository, and `create` is false.
         HubError: somebody else has committed since, or the Hub refused or failed.
         AdapterError: a file cannot be read, or changed meanwhile.
         OptionError: not the name of a repository, or options that contradict each other.

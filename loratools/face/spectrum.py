@@ -75,7 +75,7 @@ def spectrum(
         progress: called with (modules done, modules in all).
 
     Raises:
-        UnsupportedError: a change depends on the base, or cannot be told.
+        UnsupportedError: a change depends on the base, or is not known.
         AdapterError: no module is selected, or tensors that do not fit.
         OptionError: a number out of range.
     """

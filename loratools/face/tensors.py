@@ -54,7 +54,7 @@ def delta(
 
     Raises:
         OptionError: the adapter has no such module.
-        UnsupportedError: the change cannot be told, or not without the base.
+        UnsupportedError: the change is not known, or not without the base.
         AdapterError: tensors that do not fit, or NaN and infinite values.
     """
     opened = _opened(adapter, name, base)
@@ -111,7 +111,7 @@ def from_factors(
     alpha: float | None = None,
     base_model: str | None = None,
 ) -> Adapter:
-    """Return a PEFT adapter of linear layers from arrays, to be written or worked on.
+    """Return a PEFT adapter of linear layers, made from arrays.
 
     >>> import numpy as np
     >>> import loratools as lt
@@ -127,7 +127,7 @@ def from_factors(
         base_model: what to record as the base model's name.
 
     Raises:
-        OptionError: no modules, or arrays that are no factors.
+        OptionError: no modules, or arrays that are not factors.
     """
     if not modules:
         raise OptionError("no modules given")
@@ -145,7 +145,7 @@ def _opened(adapter: Adapter, name: str, base: Model | None) -> LowRank | Opened
 
     Raises:
         OptionError: the adapter has no such module.
-        LoratoolsError: the change cannot be told, or not without the base.
+        LoratoolsError: the change is not known, or not without the base.
     """
     if name not in adapter.modules:
         raise OptionError(

@@ -105,7 +105,7 @@ def to_lora(
     Raises:
         OptionError: no rule where a change has no exact factors, or options that contradict.
         InexactError: the error is above `max_error`; the error carries the result.
-        UnsupportedError: the change cannot be told, or not without the base.
+        UnsupportedError: the change is not known, or not without the base.
         AdapterError: NaN or infinite values, or tensors that do not fit.
         OutputExistsError: the output exists and `overwrite` is false.
     """
@@ -162,7 +162,7 @@ def to_lora_choices(
         initial: as for `to_lora`.
 
     Raises:
-        UnsupportedError: the change cannot be told, or not without the base.
+        UnsupportedError: the change is not known, or not without the base.
         AdapterError: NaN or infinite values, or tensors that do not fit.
     """
     adapter = trained(source, initial, reading, dropping).adapter

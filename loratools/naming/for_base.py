@@ -179,7 +179,7 @@ def _with_names(adapter: Adapter, names: Mapping[str, str], base: Checkpoint) ->
 
 
 def _of_parameter(name: str, change: ModuleChange) -> TensorRef | None:
-    """Return what a change adds to a parameter that is no weight; None if it cannot be told."""
+    """Return what a change adds to a parameter that is no weight; None if it is not known."""
     if change.kind == "full" and change.kind_delta is not None:
         return change.kind_delta.parts["diff"]
     part = change.factors

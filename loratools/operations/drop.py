@@ -132,7 +132,7 @@ def _told(adapter: Adapter, gone: Sequence[str]) -> str:
         text += f"; {lost / whole if whole else 0.0:.2%} of the energy ‖ΔW‖²"
     unknown = [name for name in energies if name not in known]
     if unknown:
-        text += f"; the energy of {_several(unknown)} cannot be told"
+        text += f"; the energy of {_several(unknown)} is not known"
     return text
 
 

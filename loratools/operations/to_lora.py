@@ -147,7 +147,7 @@ def to_lora(
         progress: called with (modules done, modules in all).
 
     Raises:
-        UnsupportedError: the change cannot be told, or not without the base.
+        UnsupportedError: the change is not known, or not without the base.
         OptionError: no rule, where a change has no exact factors and is not to be kept whole.
         AdapterError: nothing to fold, NaN or infinite values, or tensors that do not fit.
     """
@@ -198,7 +198,7 @@ def to_lora_choices(
     """Return what ranks would cost and lose, None if every module folds exactly.
 
     Raises:
-        UnsupportedError: the change cannot be told, or not without the base.
+        UnsupportedError: the change is not known, or not without the base.
         AdapterError: nothing to fold, NaN or infinite values, or tensors that do not fit.
     """
     complete = regenerated(adapter, base, given or {})

@@ -40,7 +40,7 @@ def command(
     writing: Writing,
     reporting: Reporting,
 ) -> int:
-    """Bring adapters of one base model into shared bases, each with a small core of its own.
+    """Store adapters of one base model in shared bases, with a small core for each.
 
     Adapters whose spaces overlap share one pair of bases per module, and each adds its core. The
     report states the error of each, beside the least error of squeezing each alone to the same

@@ -118,7 +118,7 @@ def compare(
     Raises:
         OptionError: fewer than two adapters.
         AdapterError: they share no module, or values are not finite.
-        UnsupportedError: a change depends on the base, or cannot be told.
+        UnsupportedError: a change depends on the base, or is not known.
     """
     if len(adapters) < 2:
         raise OptionError("a comparison needs at least two adapters", got=len(adapters))

@@ -111,7 +111,8 @@ class MergeOptions:
         compute: how to compute and store.
         dropping: which modules leave the adapters.
         space: where elementwise methods work: on full weights (full), or in the space that the
-            factors share (core), which is cheap and of low rank but gives another result.
+            factors share (core), which is cheap, of low rank, and another method than on full
+            weights.
         overrides: weights in modules whose path matches, one for all adapters or one each; the
             first match decides.
         replacements: which saved module to take where adapters differ: first, average or an

@@ -123,8 +123,9 @@ def fleet(
 ) -> FleetResult:
     """Run one operation over many adapters, here, in shards or on a cluster, resumed by content.
 
-    An adapter is passed over if its output is there and its statement tells of the same inputs,
-    options and version. So a run may be stopped and started again, and several may run at once.
+    An adapter is skipped if its output exists and the output's statement names the same inputs,
+    options and version. A run can therefore be stopped and started again, and several can run at
+    once.
 
     >>> import tempfile
     >>> import loratools as lt
@@ -138,14 +139,15 @@ def fleet(
         verb: check, convert, dequantize, extract, fuse, info, quantize, repair, spectrum, squeeze,
             to-dora, to-lora or verify.
         sources: adapters: paths, wildcards, folders, lists in files, hf://organisation/*.
-        settings: the operation's other inputs and its options, as its function has them.
+        settings: the operation's other inputs and its options, as keyword arguments of its
+            function.
         progress: called with (adapters done, adapters in all).
 
     Raises:
-        OptionError: no such operation or option, or no output for what makes one.
+        OptionError: no such operation or option, or no output for an operation that makes one.
         AdapterError: wildcards match nothing.
         MissingFileError: an adapter is not there.
-        MissingDependencyError: several processes are wanted without Dask.
+        MissingDependencyError: several processes need Dask, which is not installed.
     """
     count = [0]
 
