@@ -17,9 +17,9 @@ from typing import Any
 from transformers import TrainerCallback
 
 from loratools.operations.schedule import SqueezeSchedule
-from loratools.training.layers import AlphaPolicy, LiveAdapter, unwrapped
+from loratools.training.layers import AlphaPolicy, LiveAdapter
 from loratools.training.live import squeeze_model
-from loratools.training.transport import check_held, inner
+from loratools.training.transport import trainer_of
 from loratools.work.provenance import operation_record
 from loratools_formats.disk.errors import OptionError, UnsupportedError
 from loratools_formats.disk.provenance import PROVENANCE_FILE, statement
@@ -54,16 +54,14 @@ class SqueezeCallback(TrainerCallback):
         alpha: AlphaPolicy = "keep-scale",
         log: Callable[[dict[str, float]], None] | None = None,
     ) -> None:
-        self.schedule = (
-            schedule
-            if isinstance(schedule, SqueezeSchedule)
-            else SqueezeSchedule.from_dict(schedule)
-        )
+        if not isinstance(schedule, SqueezeSchedule):
+            schedule = SqueezeSchedule.from_dict(schedule)
+        self.schedule = schedule
         self.alpha = alpha
         self.log = log
         self.squeezes: list[dict[str, Any]] = []
         self._output: str | os.PathLike[str] | None = None
-        self._fitted: LiveAdapter | None = None
+        self._fitted: Any = None
         self._loaded = False
         self._pending: dict[str, float] = {}
 
@@ -73,21 +71,22 @@ class SqueezeCallback(TrainerCallback):
         self._fit_to_what_is_loaded(kwargs["model"])
 
     def _fit_to_what_is_loaded(self, model: Any) -> None:
-        if self._fitted is None or self._fitted.model is not unwrapped(model):
-            self._fitted = LiveAdapter.of(model)
-            inside: Any = self._fitted.model
-            inside.register_load_state_dict_pre_hook(partial(self._fit, self._fitted))
+        live = LiveAdapter.of(model).check()
+        if self._fitted is not live.model:
+            self._fitted = live.model
+            self._fitted.register_load_state_dict_pre_hook(partial(self._fit, live.name))
 
-    def _fit(self, live: LiveAdapter, model: Any, tensors: Any, prefix: str, *_: Any) -> None:
+    def _fit(self, adapter: str, model: Any, tensors: Any, prefix: str, *_: Any) -> None:
         self._loaded = True
+        live = LiveAdapter.of(model, adapter)
         names = {parameter: prefix + name for name, parameter in model.named_parameters()}
         settings: dict[str, tuple[int, float]] = {}
         for each in live.layers.values():
-            rank = len(tensors.get(names[each.factors[0]], each.factors[0]))
+            rank = len(tensors.get(names[each.a], each.a))
             if rank != each.rank:
                 settings[each.name] = rank, each.alpha_at(rank, self.alpha)
         if settings:
-            live.settle(settings)
+            live.put(settings, {})
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check that schedule, model, optimizer and checkpoint belong together."""
@@ -121,12 +120,12 @@ class SqueezeCallback(TrainerCallback):
         ):  # fmt: skip
             if applies:
                 raise OptionError(problem, got=got, expected=expected)
-        check_held(inner(kwargs.get("optimizer")), live.layers.values())
+        trainer_of(live, kwargs.get("optimizer"))  # which refuses what it cannot follow
         if not is_fresh:
             self.squeezes = saved["squeezes"]
         if saved["squeezes"]:  # alphas to the last bit, which one step may round otherwise
             ranks, alphas = self.squeezes[-1]["ranks"], self.squeezes[-1]["alphas"]
-            live.settle({name: (rank, alphas[name]) for name, rank in ranks.items()})
+            live.put({name: (rank, alphas[name]) for name, rank in ranks.items()}, {})
         state.stateful_callbacks[_KEY] = {"made by": made_by, "squeezes": self.squeezes}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -26,6 +26,7 @@ from loratools_formats.core.tensors import of_torch
 from loratools_formats.disk.errors import OptionError, UnsupportedError
 
 AlphaPolicy = Literal["keep-scale", "sqrt"]
+Factors = tuple[torch.Tensor, torch.Tensor]
 _TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _STARTS = (True, False, "gaussian", "orthogonal", "eva")  # the others change the base weights, too
 _VARIANTS = ("Dora", "ALora")  # whose change is scale · b @ a, or has it as its direction
@@ -33,44 +34,42 @@ _VARIANTS = ("Dora", "ALora")  # whose change is scale · b @ a, or has it as it
 
 @dataclass(frozen=True)
 class LiveLayer:
-    """One layer of an adapter.
+    """One layer of an adapter, as it is when it is looked at.
 
     Attributes:
         name: module path, as in a saved adapter.
         module: PEFT's layer.
         adapter: name of the adapter.
+        a: (r, in) or (r, in, *kernel).
+        b: (out, r) or (out, r, 1, …).
+        bias: (out,), of the second factor; None if it has none.
+        alpha: the number that scaling comes from.
     """
 
     name: str
     module: Any
     adapter: str
+    a: torch.nn.Parameter
+    b: torch.nn.Parameter
+    bias: torch.nn.Parameter | None
+    alpha: float
 
-    def place(self, side: str) -> tuple[Any, str]:
-        """Return what holds a factor, `A` or `B`, as an attribute, and the attribute's name."""
-        if isinstance(self.module, Embedding):  # bare parameters
-            return getattr(self.module, f"lora_embedding_{side}"), self.adapter
-        return getattr(self.module, f"lora_{side}")[self.adapter], "weight"
-
-    @property
-    def factors(self) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
-        """A, (r, in) or (r, in, *kernel), and B, (out, r) or (out, r, 1, …)."""
-        return getattr(*self.place("A")), getattr(*self.place("B"))
-
-    @property
-    def bias(self) -> torch.nn.Parameter | None:
-        """(out,), of the second factor; None if it has none."""
-        return getattr(self.place("B")[0], "bias", None)
+    @classmethod
+    def of(cls, name: str, module: Any, adapter: str) -> LiveLayer:
+        """Return a layer as it is now."""
+        a, b = (getattr(*_place(module, adapter, side)) for side in "AB")
+        bias = getattr(_place(module, adapter, "B")[0], "bias", None)
+        return cls(name, module, adapter, a, b, bias, module.lora_alpha[adapter])
 
     @property
     def rank(self) -> int:
         """Rank r of the factors."""
-        return len(self.factors[0])
+        return len(self.a)
 
     @property
-    def alpha(self) -> float:
-        """The number that scaling comes from."""
-        found: float = self.module.lora_alpha[self.adapter]
-        return found
+    def scaling(self) -> float:
+        """The number that multiplies the product of the factors."""
+        return self.scale(self.rank, self.alpha)
 
     def alpha_at(self, rank: int, policy: AlphaPolicy) -> float:
         """Return the alpha for another rank, a whole number if it is one.
@@ -92,11 +91,11 @@ class LiveLayer:
         """Return its change; tensors are read from the model when they are asked for."""
         magnitudes = getattr(self.module, "lora_magnitude_vector", {})
         magnitude = magnitudes[self.adapter].weight if self.adapter in magnitudes else None
-        a, b = (factor.reshape(len(factor), -1) for factor in self.factors)
+        a, b = (factor.reshape(len(factor), -1) for factor in (self.a, self.b))
         parts = {"a": a, "b": b, "bias": self.bias, "magnitude": magnitude}
         held = {n: of_torch(f"{self.name}.{n}", p) for n, p in parts.items() if p is not None}
-        scale, bias = self.module.scaling[self.adapter], held.get("bias")
-        factors = LowRank(held["a"], held["b"], scale, bias=bias, alpha=self.alpha)
+        bias = held.get("bias")
+        factors = LowRank(held["a"], held["b"], self.scaling, bias=bias, alpha=self.alpha)
         return ModuleChange(factors, held.get("magnitude"))
 
     def put(self, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -106,48 +105,44 @@ class LiveLayer:
             a: (r, in · kernel).
             b: (out, r).
         """
-        old_a, old_b = self.factors
-        shaped_a = a.reshape(len(a), *old_a.shape[1:])
-        shaped_b = b.reshape(*b.shape, *old_b.shape[2:])
-        for side, old, new in (("A", old_a, shaped_a), ("B", old_b, shaped_b)):
+        shaped_a = a.reshape(len(a), *self.a.shape[1:])
+        shaped_b = b.reshape(*b.shape, *self.b.shape[2:])
+        for side, old, new in (("A", self.a, shaped_a), ("B", self.b, shaped_b)):
             made = torch.nn.Parameter(new.to(old.device, old.dtype), old.requires_grad)
-            setattr(*self.place(side), made)
-
-    def settle(self, rank: int, alpha: float) -> None:
-        """Let what PEFT keeps of the layer say its rank and alpha.
-
-        Factors of another rank become zeros, which wait to be loaded.
-        """
-        if rank != self.rank:
-            a, b = (factor.detach() for factor in self.factors)
-            self.put(a.new_zeros(rank, a[0].numel()), b.new_zeros(len(b), rank))
-        self.module.r[self.adapter], self.module.lora_alpha[self.adapter] = rank, alpha
-        self.module.scaling[self.adapter] = self.scale(rank, alpha)
+            setattr(*_place(self.module, self.adapter, side), made)
         if not isinstance(self.module, Embedding):
             words = "channels" if isinstance(self.module, _ConvNd) else "features"
-            setattr(self.place("A")[0], f"out_{words}", rank)
-            setattr(self.place("B")[0], f"in_{words}", rank)
+            setattr(self.module.lora_A[self.adapter], f"out_{words}", len(a))
+            setattr(self.module.lora_B[self.adapter], f"in_{words}", len(a))
+
+
+def _place(module: Any, adapter: str, side: str) -> tuple[Any, str]:
+    """Return what holds a factor, `A` or `B`, as an attribute, and the attribute's name."""
+    if isinstance(module, Embedding):  # bare parameters
+        return getattr(module, f"lora_embedding_{side}"), adapter
+    return getattr(module, f"lora_{side}")[adapter], "weight"
 
 
 @dataclass(frozen=True)
 class LiveAdapter:
-    """One adapter of a live model.
+    """One adapter of a live model, as it is when it is looked at.
 
     Attributes:
         model: the model, without what training wraps around it.
+        name: the adapter's.
         layers: the adapter's layers by module path, in the model's order.
     """
 
     model: PeftModel
+    name: str
     layers: Mapping[str, LiveLayer]
 
     @classmethod
     def of(cls, model: Any, name: str | None = None) -> LiveAdapter:
-        """Return an adapter of a model, by default the active one.
+        """Return an adapter of a model as it is now, by default the active one.
 
         Raises:
             OptionError: no PEFT model, no such adapter, or several are active.
-            UnsupportedError: it is no LoRA, or one of its layers cannot get other factors in place.
         """
         model = unwrapped(model)
         names = model.active_adapters if name is None else [name]
@@ -155,7 +150,20 @@ class LiveAdapter:
             problem = "not one active adapter" if name is None else "no such adapter"
             known = f"one of {', '.join(model.peft_config)}"
             raise OptionError(problem, got=", ".join(names) or None, expected=known)
-        config = model.peft_config[names[0]]
+        layers = {
+            path: LiveLayer.of(path, module, names[0])
+            for path, module in model.base_model.model.named_modules()
+            if isinstance(module, LoraLayer) and names[0] in module.r
+        }
+        return cls(model, names[0], layers)
+
+    def check(self) -> LiveAdapter:
+        """Return it if each of its layers can get other factors in place.
+
+        Raises:
+            UnsupportedError: one cannot, or it is no LoRA on an unchanged base.
+        """
+        config: Any = self.model.peft_config[self.name]
         start = getattr(config, "init_lora_weights", True)
         if config.peft_type != "LORA" or start not in _STARTS:
             raise UnsupportedError(
@@ -164,20 +172,17 @@ class LiveAdapter:
                 hint="Squeeze the saved adapter: "
                 "loratools squeeze ADAPTER --initial FIRST --rank 8 -o plain",
             )
-        modules = dict(model.base_model.model.named_modules())
-        has_it = {n for n, m in modules.items() if isinstance(m, LoraLayer) and names[0] in m.r}
-        layers = {n: LiveLayer(n, m, names[0]) for n, m in modules.items() if n in has_it}
         owners: dict[int, str] = {}
-        for each in layers.values():
+        for each in self.layers.values():
             reasons = [reason for reason, applies in _obstacles(each).items() if applies]
-            for factor in () if reasons else each.factors:
+            for factor in () if reasons else (each.a, each.b):
                 owner = owners.setdefault(factor.untyped_storage().data_ptr(), each.name)
                 reasons += [f"shares a factor with {owner}"] if owner != each.name else []
             if reasons:
                 raise UnsupportedError(
                     f"the layer {reasons[0]}, so its factors cannot be replaced", tensor=each.name
                 )
-        return cls(model, layers)
+        return self
 
     @property
     def copies(self) -> list[DistributedDataParallel]:
@@ -187,23 +192,36 @@ class LiveAdapter:
         found = [each for each in everything if issubclass(type(each), DistributedDataParallel)]
         return [each for each in found if any(module is self.model for module in each.modules())]
 
-    def settle(self, settings: Mapping[str, tuple[int, float]]) -> None:
-        """Let layers, configuration and copies say these ranks and alphas.
+    def put(
+        self, settings: Mapping[str, tuple[int, float]], factors: Mapping[str, Factors]
+    ) -> LiveAdapter:
+        """Give layers other ranks and alphas, and return the adapter as it is then.
 
         Args:
             settings: (rank, alpha) by module path, for layers that get others.
+            factors: of those with another rank: A, (r, in · kernel), and B, (out, r). Without, they
+                are zeros, which wait to be loaded.
         """
-        present = {n: (each.rank, each.alpha) for n, each in self.layers.items()}
-        everything = {**present, **settings}
-        for name, each in self.layers.items():
-            each.settle(*everything[name])
-            config: Any = self.model.peft_config[each.adapter]
+        for path, (rank, alpha) in settings.items():
+            layer = self.layers[path]
+            if path in factors:
+                layer.put(*factors[path])
+            elif rank != layer.rank:
+                a, b = layer.a, layer.b
+                layer.put(a.new_zeros(rank, a[0].numel()), b.new_zeros(len(b), rank))
+            module = layer.module
+            module.r[self.name], module.lora_alpha[self.name] = rank, alpha
+            module.scaling[self.name] = layer.scale(rank, alpha)
+        now = LiveAdapter.of(self.model, self.name)
+        config: Any = self.model.peft_config[self.name]
+        everything = {path: (each.rank, each.alpha) for path, each in now.layers.items()}
         for key, value in settings_of(everything).items():
             setattr(config, key, value)
         if isinstance(config.init_lora_weights, str):  # loading would begin so again, at odd ranks
             config.init_lora_weights = True
         for copy in self.copies:  # as unpickling does: it looks for its parameters anew
             copy.__setstate__(copy.__getstate__())  # type: ignore[no-untyped-call]
+        return now
 
 
 def unwrapped(model: Any) -> PeftModel:
@@ -227,7 +245,7 @@ def unwrapped(model: Any) -> PeftModel:
 
 def _obstacles(layer: LiveLayer) -> dict[str, bool]:
     """Return for each reason why a layer could not get other factors whether it applies."""
-    module, adapter, factors = layer.module, layer.adapter, layer.factors
+    module, adapter, factors = layer.module, layer.adapter, (layer.a, layer.b)
     variant = getattr(module, "lora_variant", {}).get(adapter)
     kind = getattr(variant, "__name__", type(variant).__name__).lstrip("_")
     hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
@@ -240,9 +258,9 @@ def _obstacles(layer: LiveLayer) -> dict[str, bool]:
         f"has factors of {factors[0].dtype}": any(p.dtype not in _TYPES for p in factors),
         "has hooks on its factors": any(getattr(p, name, None) for p in factors for name in hooks),
         "is a convolution in groups": getattr(module.get_base_layer(), "groups", 1) > 1,
-        "has factors of another rank than it says": module.r[adapter] != layer.rank,
+        "has another rank than its factors": module.r[adapter] != layer.rank,
         "has alpha 0, with which it changes nothing": not layer.alpha,
-        f"has scaling {module.scaling[adapter]:g}, which is not that of its alpha": (
+        "has another scaling than its alpha makes": (
             module.scaling[adapter] != layer.scale(module.r[adapter], layer.alpha)
         ),
     }

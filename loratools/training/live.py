@@ -22,8 +22,8 @@ from loratools.lowrank.planned import PlannedFactors
 from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.schedule import as_values
 from loratools.operations.squeeze import ModuleReport, squeeze
-from loratools.training.layers import AlphaPolicy, LiveAdapter, LiveLayer
-from loratools.training.transport import carries, carry, check_held, exchange, inner
+from loratools.training.layers import AlphaPolicy, Factors, LiveAdapter, LiveLayer
+from loratools.training.transport import carries, carry, trainer_of
 from loratools.work.selection import Selection
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import LowRank
@@ -105,42 +105,40 @@ def squeeze_model(
     """
     if not rule.is_given:
         raise OptionError("no rule for the ranks", expected="rank, energy, budget or another rule")
-    live, trainer = LiveAdapter.of(model, adapter), inner(optimizer)
-    check_held(trainer, live.layers.values())
-    parameters_before = _parameters(live)
+    before = LiveAdapter.of(model, adapter).check()
+    layers, trainer = before.layers, trainer_of(before, optimizer)
 
     def scaling(like: LowRank | PlannedFactors, rank: int) -> float:
-        layer = live.layers[like.a.key.removesuffix(".a")]
+        layer = layers[like.a.key.removesuffix(".a")]
         return layer.scale(rank, layer.alpha_at(rank, alpha))
 
-    given = Adapter("peft", None, {name: each.change() for name, each in live.layers.items()})
+    given = Adapter("peft", None, {name: each.change() for name, each in layers.items()})
     done = squeeze(given, rule, compute, selection, scaling=scaling, nbytes_of=_nbytes)
     parts = {name: change.require_factors() for name, change in done.adapter.modules.items()}
     for report in done.modules:
-        _check(report, live.layers[report.name])
-    copies = live.copies
+        _check(report, layers[report.name])
+    copies = before.copies
     ranks = _agreed({name: part.rank for name, part in parts.items()}, copies)
-    changed = {name: each for name, each in live.layers.items() if ranks[name] != each.rank}
-    settings = {n: (ranks[n], each.alpha_at(ranks[n], alpha)) for n, each in changed.items()}
-    new: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
-    revived = 0
-    for name, each in changed.items():
-        ratio = each.scale(*settings[name]) / each.module.scaling[each.adapter]
-        old, fresh = each.factors, _put(each, parts[name], compute.seed, copies)
-        carry(each, old, ratio, fresh, trainer)
-        new |= zip(old, each.factors, strict=True)
-        revived += int(fresh.sum())
-    live.settle(settings)
-    if trainer is not None:
-        exchange(trainer, new)
+    factors: dict[str, Factors] = {}
+    fresh: dict[str, torch.Tensor] = {}
+    for name in (name for name, rank in ranks.items() if rank != layers[name].rank):
+        made: list[Any] = [tensor.torch() for tensor in parts[name].tensors()]
+        a, b, *bias = _agreed(made, copies)
+        fresh[name] = _revive(name, a, b, compute.seed)
+        factors[name] = a, b
+        if (own := layers[name].bias) is not None:
+            own.data.copy_(*bias)
+    settings = {name: (ranks[name], layers[name].alpha_at(ranks[name], alpha)) for name in factors}
+    after = before.put(settings, factors)
+    carry(before, after, fresh, trainer)
     return SqueezedModel(
         modules=done.modules,
-        ranks={name: each.rank for name, each in live.layers.items()},
-        alphas={name: each.alpha for name, each in live.layers.items()},
+        ranks={name: each.rank for name, each in after.layers.items()},
+        alphas={name: each.alpha for name, each in after.layers.items()},
         relative_error=done.relative_error,
-        parameters_before=parameters_before,
-        parameters=_parameters(live),
-        revived=revived,
+        parameters_before=_parameters(before),
+        parameters=_parameters(after),
+        revived=sum(int(mask.sum()) for mask in fresh.values()),
         optimizer=None if trainer is None else "carried" if carries(trainer) else "reset",
         record={"rule": as_values(rule), "alpha": alpha, **compute.record(), **selection.record()},
     )
@@ -151,7 +149,7 @@ def _nbytes(adapter: Adapter) -> int:
 
 
 def _parameters(live: LiveAdapter) -> int:
-    return sum(factor.numel() for each in live.layers.values() for factor in each.factors)
+    return sum(each.a.numel() + each.b.numel() for each in live.layers.values())
 
 
 def _agreed(value: T, copies: Sequence[object]) -> T:
@@ -165,20 +163,15 @@ def _agreed(value: T, copies: Sequence[object]) -> T:
     return held[0]
 
 
-def _put(layer: LiveLayer, part: LowRank, seed: int, copies: Sequence[object]) -> torch.Tensor:
-    """Give a layer new factors, and return which of their directions are fresh: (k,)."""
-    made: list[Any] = [tensor.torch() for tensor in part.tensors()]
-    a, b, *bias = _agreed(made, copies)
+def _revive(name: str, a: torch.Tensor, b: torch.Tensor, seed: int) -> torch.Tensor:
+    """Give the directions of a layer that are zero others, and return which they are: (k,)."""
     sizes = a.double().norm(dim=1) * b.double().norm(dim=0)
     of_type = 64 * torch.finfo(torch.float64).eps if a.dtype == torch.float64 else _ZERO
     fresh: torch.Tensor = sizes <= of_type * sizes.max()
-    generator = torch.Generator().manual_seed(zlib.crc32(layer.name.encode(), seed & 0xFFFFFFFF))
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed & 0xFFFFFFFF))
     rows = torch.rand(int(fresh.sum()), a.shape[1], generator=generator)
     a[fresh] = ((2 * rows - 1) / math.sqrt(a.shape[1])).to(a.dtype)
     b[:, fresh] = 0.0
-    layer.put(a, b)
-    if layer.bias is not None:
-        layer.bias.data.copy_(*bias)
     return fresh
 
 
@@ -192,7 +185,7 @@ def _check(report: ModuleReport, layer: LiveLayer) -> None:
         AdapterError: it is not.
     """
     least = math.sqrt(max(0.0, 1.0 - report.energy))
-    if report.relative_error > least + 2 * torch.finfo(layer.factors[0].dtype).eps + _SLACK:
+    if report.relative_error > least + 2 * torch.finfo(layer.a.dtype).eps + _SLACK:
         raise AdapterError(
             "the squeezed layer does not make the truncated change",
             tensor=layer.name,

@@ -119,7 +119,7 @@ def _layers(model: Any) -> dict[str, nn.Module]:
     with suppress(OptionError):  # which is raised if there is no PEFT model inside
         model = unwrapped(model)
     if isinstance(model, PeftModel):
-        adapted = LiveAdapter.of(model).layers
+        adapted = LiveAdapter.of(model).check().layers
         found = {name: each.module.get_base_layer() for name, each in adapted.items()}
     else:
         found = {n: m for n, m in model.named_modules() if isinstance(m, _LAYERS)}

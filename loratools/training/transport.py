@@ -12,12 +12,12 @@ X = (s/s') · A·A'⁺, and ΔW' = P·ΔW for the one on the columns of B', so t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from loratools.training.layers import LiveLayer
+from loratools.training.layers import LiveAdapter, LiveLayer
 from loratools_formats.disk.errors import OptionError
 
 _POWERS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
@@ -26,31 +26,42 @@ _NEGLIGIBLE = 1e-13  # of the largest eigenvalue of A'·A'ᵀ
 
 
 def carry(
-    layer: LiveLayer,
-    old: tuple[torch.nn.Parameter, torch.nn.Parameter],
-    ratio: float,
-    fresh: torch.Tensor,
+    before: LiveAdapter,
+    after: LiveAdapter,
+    fresh: Mapping[str, torch.Tensor],
     optimizer: torch.optim.Optimizer | None,
 ) -> None:
-    """Carry over what is known of the gradients of a layer.
+    """Carry over what is known of gradients, and let an optimizer train the new factors.
 
     Args:
-        layer: the layer as it is now.
-        old: the factors that it had, A and B.
-        ratio: s'/s.
-        fresh: (k,), which directions of the new factors are unlike any before: nothing is known of
-            their gradients.
-        optimizer: its state moves, or is dropped; `exchange` makes it train the new factors.
+        before: the adapter as it was.
+        after: the adapter as it is.
+        fresh: (k,) for each layer with new factors, which of their directions are unlike any
+            before: nothing is known of their gradients.
+        optimizer: what trains it.
     """
-    a, b, new_a, new_b = (_matrix(factor) for factor in (*old, *layer.factors))
+    new: dict[torch.Tensor, torch.nn.Parameter] = {}
+    for name, is_fresh in fresh.items():
+        old, now = before.layers[name], after.layers[name]
+        _carry(old, now, is_fresh, optimizer)
+        new |= {old.a: now.a, old.b: now.b}
+    for group in () if optimizer is None else optimizer.param_groups:
+        group["params"] = [new.get(parameter, parameter) for parameter in group["params"]]
+
+
+def _carry(
+    old: LiveLayer, now: LiveLayer, fresh: torch.Tensor, optimizer: torch.optim.Optimizer | None
+) -> None:
+    a, b, new_a, new_b = (_matrix(factor) for factor in (old.a, old.b, now.a, now.b))
     new_a = torch.where(fresh.to(new_a.device)[:, None], 0.0, new_a)
     # (s'/s) · Xᵀ and (s'/s) · Yᵀ: both scales cancel.
     left = _inverse(new_a @ new_a.T) @ (new_a @ a.T)
     right = (b.T @ new_b) @ _inverse(new_b.T @ new_b)
-    _move(old[0], layer.factors[0], optimizer, lambda value, power: left**power @ value)
-    _move(old[1], layer.factors[1], optimizer, lambda value, power: value @ right**power)
-    if layer.bias is not None:
-        _move(layer.bias, layer.bias, optimizer, lambda value, power: value * ratio**power)
+    ratio = now.scaling / old.scaling
+    _move(old.a, now.a, optimizer, lambda value, power: left**power @ value)
+    _move(old.b, now.b, optimizer, lambda value, power: value @ right**power)
+    if old.bias is not None and now.bias is not None:
+        _move(old.bias, now.bias, optimizer, lambda value, power: value * ratio**power)
 
 
 def _move(
@@ -73,12 +84,6 @@ def _move(
         optimizer.state[new] = {**state, **made}
 
 
-def exchange(optimizer: torch.optim.Optimizer, new: Mapping[Any, torch.nn.Parameter]) -> None:
-    """Let an optimizer train new parameters in the places of old ones."""
-    for group in optimizer.param_groups:
-        group["params"] = [new.get(parameter, parameter) for parameter in group["params"]]
-
-
 def in_float64(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor in float64, on its device if that has the type."""
     device = "cpu" if tensor.device.type == "mps" else tensor.device
@@ -94,28 +99,25 @@ def _inverse(gram: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def inner(optimizer: Any) -> torch.optim.Optimizer | None:
-    """Return torch's optimizer inside what accelerate wraps around it.
-
-    Raises:
-        OptionError: there is another.
-    """
-    while isinstance(wrapped := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = wrapped
-    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-        raise OptionError("not an optimizer of torch", got=type(optimizer).__name__)
-    return optimizer
-
-
 def carries(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether an optimizer's state moves with the factors."""
     return type(optimizer) in _KNOWN
 
 
-def check_held(optimizer: torch.optim.Optimizer | None, layers: Iterable[LiveLayer]) -> None:
-    """Raise `OptionError` if there is an optimizer that lacks a factor which is trained."""
-    groups = [] if optimizer is None else optimizer.param_groups
-    held = {parameter for group in groups for parameter in group["params"]}
-    for each in layers:
-        if optimizer and any(p.requires_grad and p not in held for p in each.factors):
+def trainer_of(live: LiveAdapter, optimizer: Any) -> torch.optim.Optimizer | None:
+    """Return torch's optimizer inside what accelerate wraps around it; None if there is none.
+
+    Raises:
+        OptionError: it is another, or lacks a factor that is trained.
+    """
+    if optimizer is None:
+        return None
+    while isinstance(wrapped := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = wrapped
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise OptionError("not an optimizer of torch", got=type(optimizer).__name__)
+    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    for each in live.layers.values():
+        if any(p.requires_grad and p not in held for p in (each.a, each.b)):
             raise OptionError(f"the optimizer does not have the factors of {each.name}")
+    return optimizer
