@@ -68,10 +68,7 @@ class SqueezeCallback(TrainerCallback):
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let layers take the ranks of a checkpoint that is about to be loaded."""
         del args, state, control
-        self._fit_to_what_is_loaded(kwargs["model"])
-
-    def _fit_to_what_is_loaded(self, model: Any) -> None:
-        live = LiveAdapter.of(model).check()
+        live = LiveAdapter.of(kwargs["model"]).check()
         if self._fitted is not live.model:
             self._fitted = live.model
             self._fitted.register_load_state_dict_pre_hook(partial(self._fit, live.name))
@@ -90,7 +87,6 @@ class SqueezeCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check that schedule, model, optimizer and checkpoint belong together."""
-        del control
         if self._fitted is None:
             raise UnsupportedError(
                 "the callback was added to a Trainer that was made before",
@@ -98,7 +94,7 @@ class SqueezeCallback(TrainerCallback):
                 hint="Make the Trainer with callbacks=[callback]",
             )
         self._output, self._loaded = args.output_dir, False
-        self._fit_to_what_is_loaded(kwargs["model"])  # the Trainer may have made another model
+        self.on_init_end(args, state, control, **kwargs)  # the Trainer may have another model now
         live = LiveAdapter.of(kwargs["model"])
         if args.world_size > 1 and not live.copies:
             raise UnsupportedError(
@@ -174,16 +170,15 @@ class SqueezeCallback(TrainerCallback):
                 output folder.
 
         Raises:
-            OptionError: an adapter is there, and no Trainer has trained with this callback.
+            OptionError: no Trainer has trained with this callback.
         """
-        place = Path((self._output or ".") if folder is None else folder)
-        files = [place / name for name in _WEIGHTS if (place / name).is_file()]
-        if files and self._output is None:
+        if self._output is None:
             raise OptionError(
                 "no Trainer has trained with this callback, so that it cannot tell of an adapter",
-                path=place,
                 hint="Call write_provenance on the callback that the Trainer was made with",
             )
+        place = Path(self._output if folder is None else folder)
+        files = [place / name for name in _WEIGHTS if (place / name).is_file()]
         if files and self.squeezes:
             options = {
                 "schedule": self.schedule.to_dict(), "alpha": self.alpha, "squeezes": self.squeezes,

@@ -91,7 +91,8 @@ def squeeze_model(
     budget counts the bytes of the layers' tensors: a model has no header as a file has.
 
     Args:
-        model: what `get_peft_model` returned, or a wrapper around it within one process.
+        model: what `get_peft_model` returned, alone, compiled, or in DataParallel or
+            DistributedDataParallel; several processes all call this after the same step.
         optimizer: what trains it; None if nothing does.
         adapter: name of the adapter; by default the active one.
         alpha: `keep-scale` keeps alpha/r, which keeps the size of the steps; `sqrt` lets alpha be

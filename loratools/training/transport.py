@@ -13,6 +13,7 @@ X = (s/s') · A·A'⁺, and ΔW' = P·ΔW for the one on the columns of B', so t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from loratools_formats.disk.errors import OptionError
 _POWERS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
 _KNOWN = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 _NEGLIGIBLE = 1e-13  # of the largest eigenvalue of A'·A'ᵀ
+_INVERSE = partial(torch.linalg.pinv, hermitian=True, rtol=_NEGLIGIBLE)
 
 
 def carry(
@@ -55,8 +57,8 @@ def _carry(
     a, b, new_a, new_b = (_matrix(factor) for factor in (old.a, old.b, now.a, now.b))
     new_a = torch.where(fresh.to(new_a.device)[:, None], 0.0, new_a)
     # (s'/s) · Xᵀ and (s'/s) · Yᵀ: both scales cancel.
-    left = _inverse(new_a @ new_a.T) @ (new_a @ a.T)
-    right = (b.T @ new_b) @ _inverse(new_b.T @ new_b)
+    left = _INVERSE(new_a @ new_a.T) @ (new_a @ a.T)
+    right = (b.T @ new_b) @ _INVERSE(new_b.T @ new_b)
     ratio = now.scaling / old.scaling
     _move(old.a, now.a, optimizer, lambda value, power: left**power @ value)
     _move(old.b, now.b, optimizer, lambda value, power: value @ right**power)
@@ -92,11 +94,6 @@ def in_float64(tensor: torch.Tensor) -> torch.Tensor:
 
 def _matrix(factor: torch.Tensor) -> torch.Tensor:
     return in_float64(factor).reshape(len(factor), -1)
-
-
-def _inverse(gram: torch.Tensor) -> torch.Tensor:
-    found: torch.Tensor = torch.linalg.pinv(gram, hermitian=True, rtol=_NEGLIGIBLE)
-    return found
 
 
 def carries(optimizer: torch.optim.Optimizer) -> bool:

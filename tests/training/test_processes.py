@@ -16,7 +16,7 @@ def test_two_processes_train_as_one_does(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script = str(HERE / "train_in_processes.py")
     done = subprocess.run(
-        [*command, script, str(tmp_path), "rules"], capture_output=True, text=True, timeout=120
+        [*command, script, str(tmp_path), "rules"], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f"process-{rank}.pt") for rank in (0, 1))
