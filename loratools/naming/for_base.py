@@ -160,7 +160,12 @@ def _module(target: str) -> str:
 
 
 def _with_names(adapter: Adapter, names: Mapping[str, str], base: Checkpoint) -> Adapter:
-    """Return an adapter with the base's names; differences of bare parameters are additions."""
+    """Return an adapter with the base's names; differences of bare parameters are additions.
+
+    Raises:
+        AdapterError: two modules are one in the base.
+    """
+    _check_each_once(adapter, names)
     additions = {}
     for key, addition in adapter.additions.items():
         module, _, leaf = addition.target.rpartition(".")
@@ -176,6 +181,21 @@ def _with_names(adapter: Adapter, names: Mapping[str, str], base: Checkpoint) ->
         else:
             additions[diff.key] = Addition(own, diff)
     return replace(adapter, modules=modules, additions=additions)
+
+
+def _check_each_once(adapter: Adapter, names: Mapping[str, str]) -> None:
+    """Raise `AdapterError` if two modules are one in the base: loaders take either of them."""
+    first: dict[str, str] = {}
+    twice = [name for name in adapter.modules if first.setdefault(names[name], name) != name]
+    if twice:
+        raise AdapterError(
+            "two modules are one in the base",
+            path=adapter.source,
+            tensor=twice[0],
+            got=first[names[twice[0]]],
+            expected="one spelling of each module",
+            hint=_drop(twice, all_names(adapter)),
+        )
 
 
 def _of_parameter(name: str, change: ModuleChange) -> TensorRef | None:

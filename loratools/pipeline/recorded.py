@@ -10,12 +10,13 @@ from typing import Any
 from loratools.face.declare import Declaration
 from loratools.hub.references import is_explicit
 from loratools.work.digests_of import shown
+from loratools_formats.checkpoints.pipelines import ADAPTED
 from loratools_formats.disk.errors import AdapterError, UncheckedError
 
 
 @dataclass(frozen=True)
 class RecordedFile:
-    """A file that was read: its name without folders, and its digest."""
+    """A file that was read: its name, with a pipeline's component before it, and its digest."""
 
     name: str
     digest: Mapping[str, str]
@@ -60,7 +61,7 @@ class RecordedInput:
         if not isinstance(roles, list) or not isinstance(inputs, list):
             raise _malformed("an input")
         files = tuple(
-            RecordedFile(os.path.basename(_text(one.get("name"), "an input")), _digest(one))
+            RecordedFile(_file_name(_text(one.get("name"), "an input")), _digest(one))
             for one in (_map(item, "an input") for item in inputs)
             if one.get("role") in roles
         )
@@ -153,6 +154,12 @@ class RecordedCall:
 
 
 _NEVER = frozenset({"output", "overwrite", "in_place", "dry_run"})
+
+
+def _file_name(text: str) -> str:
+    """Return a name, with the component of a pipeline before it if that is all."""
+    folder, name = os.path.split(text)
+    return f"{folder}/{name}" if folder in ADAPTED else name
 
 
 def _malformed(what: str) -> AdapterError:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from loratools.work.environment import environment
 from loratools.work.history import history_of
 from loratools.work.weight_digests import weight_digests
 from loratools_formats.checkpoints.checkpoint import CONFIG_FILE, Checkpoint, read_checkpoint
+from loratools_formats.checkpoints.pipelines import component_folders, is_pipeline
 from loratools_formats.containers.safetensors_read import header_digest
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk import strict_json
-from loratools_formats.disk.errors import LoratoolsError
+from loratools_formats.disk.errors import LoratoolsError, MissingFileError
 from loratools_formats.disk.files import RegularFile
 from loratools_formats.disk.hub_cache import cached_place
 from loratools_formats.disk.provenance import OPERATION_KEY, sha256_of
@@ -31,15 +33,18 @@ class InputFile:
         role: what it was for.
         path: where it lies.
         digest: its sha256; of weights of models that of the header beside it.
+        component: the folder of a pipeline that it lies in, if it was read as a part of one.
     """
 
     role: str
     path: Path
     digest: Mapping[str, str]
+    component: str = ""
 
     def record(self) -> dict[str, Any]:
-        """Return it as JSON values, without the folders that it lies in."""
-        return {"role": self.role, "name": self.path.name, "digest": dict(self.digest)}
+        """Return it as JSON values, without the folders that it lies in, but for a component's."""
+        name = f"{self.component}/{self.path.name}" if self.component else self.path.name
+        return {"role": self.role, "name": name, "digest": dict(self.digest)}
 
 
 DROPPED = "dropped-modules"
@@ -149,12 +154,12 @@ def _of_checkpoint(role: str, checkpoint: Checkpoint | None) -> Iterator[InputFi
         return
     if checkpoint.components:
         for each in checkpoint.files:
-            own = f"{role} {each.file.path.parent.name}"
-            yield from weight_files(own, [(each.file, header_digest(each))])
+            name = each.file.path.parent.name
+            for one in weight_files(f"{role} {name}", [(each.file, header_digest(each))]):
+                yield replace(one, component=name)
         for other in checkpoint.read:
-            yield InputFile(
-                f"{role} {other.path.parent.name}", other.path, {"sha256": sha256_of(other.path)}
-            )
+            name = other.path.parent.name
+            yield InputFile(f"{role} {name}", other.path, {"sha256": _as_read(other)}, name)
         return
     yield from weight_files(role, [(each.file, header_digest(each)) for each in checkpoint.files])
     for file in checkpoint.read:
@@ -189,7 +194,7 @@ def _arguments(
         found = sorted(places.get((str(path), False), set()) | places.get((real, True), set()))
         if not found:
             unread.extend(more := list(input_files(label, path)))
-            found = [label] if more else []
+            found = sorted({file.role for file in more})
         place = cached_place(path)
         named = {"reference": place.reference, "commit": place.commit} if place else {}
         name = path.name if place is None else place.name
@@ -230,11 +235,16 @@ def _path_of(value: Any) -> Any:
 
 
 def _places_of(files: Iterable[InputFile]) -> dict[tuple[str, bool], set[str]]:
-    """Return the roles of files by their paths and folders: (path, whether links are followed)."""
+    """Return the roles of files by their paths and folders: (path, whether links are followed).
+
+    Those of components are also by the pipeline's folder.
+    """
     found: dict[tuple[str, bool], set[str]] = {}
     for file in files:
         absolute = os.path.abspath(file.path)
-        for place in (absolute, os.path.dirname(absolute)):
+        folder = os.path.dirname(absolute)
+        whole = (os.path.dirname(folder),) if file.component else ()
+        for place in (absolute, folder, *whole):
             for key in ((place, False), (os.path.realpath(place), True)):
                 found.setdefault(key, set()).add(file.role)
     return found
@@ -248,6 +258,15 @@ def input_files(role: str, path: Path) -> Iterator[InputFile]:
     """
     if path.is_file() and path.suffix != ".safetensors":
         yield InputFile(role, path, {"sha256": sha256_of(path)})
+        return
+    if is_pipeline(path):
+        for name in component_folders(path):
+            with contextlib.suppress(
+                MissingFileError
+            ):  # a text encoder that is pickled, or not here
+                part = read_checkpoint(path / name)
+                for one in _of_checkpoint(f"{role} {name}", part):
+                    yield replace(one, component=name)
         return
     try:
         yield from _of_checkpoint(role, read_checkpoint(path))

@@ -39,6 +39,7 @@ SOURCE, TARGETS = 64, (8, 2)
 RESET = "in, optimizer reset"
 ROOT = "in, alpha by root"
 AT_EQUAL_FLOPS = ("direct", "cont", "in, equal steps", "in, steps by rank", "in, budgets")
+FROM_SOURCE = ("source", "post")  # how the methods begin that go on from the run at rank 64
 HELD_OUT = 0.15
 
 
@@ -479,7 +480,7 @@ def main() -> None:
     task = Task(SETTINGS[arguments.model], arguments.workdir)
     for source, *runs in plan(task, arguments.seeds, arguments.runs):
         best = best_rates(arguments.runs, task.setting.name, arguments.seeds[0])
-        posts_of = {best.get(("source", SOURCE)), *(best.get(("post", t)) for t in TARGETS)}
+        posts_of = {rate for (method, _), rate in best.items() if method.startswith(FROM_SOURCE)}
         first = source.seed == arguments.seeds[0]
         perform(
             task, [source, *runs], arguments.runs, arguments.workdir,

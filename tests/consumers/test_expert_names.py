@@ -71,3 +71,22 @@ def test_names_that_a_layout_has_not_are_refused(experts, tmp_path):
     adapter = model.adapter("a")
     with pytest.raises(OptionError, match=f"(?s)names_of.*{experts}|{experts}.*names_of"):
         lt.convert(adapter, names_of="4", experts=experts, base=model.base, output=tmp_path / "no")
+
+
+@pytest.mark.slow
+def test_shared_experts_of_three_parameters_stay_beside_every_layout(tmp_path):
+    """Inkling's shared experts are a module with gate, up and down, each a stack of one."""
+    model = Model("InklingForCausalLM", 24, tmp_path)
+    adapter = model.adapter("a", target_modules=["q_proj"])
+    wanted = model.change(adapter)
+    assert off(model.fused(adapter), wanted) <= ROUNDING
+    for index, asked in enumerate((
+        {"experts": "each"}, {"experts": "3d"}, {"to": "tinker"}, {"names_of": "4"},
+    )):  # fmt: skip
+        out = tmp_path / str(index)
+        lt.convert(adapter, base=model.base, output=out, **asked)
+        assert off(model.fused(out), wanted) <= ROUNDING, asked
+        lt.convert(out, base=model.base, for_="peft", output=f"{out} back")
+        assert off(model.change(f"{out} back"), wanted) <= ROUNDING, asked
+    lt.squeeze(adapter, rank=4, output=tmp_path / "squeezed")
+    assert off(model.change(tmp_path / "squeezed"), wanted) <= ROUNDING

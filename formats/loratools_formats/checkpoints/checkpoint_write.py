@@ -240,7 +240,7 @@ def write_checkpoint(
             _write_json(folder / CONFIG_FILE, new.config)
         new.check_unchanged()
         files = sorted(folder / shard.name for shard in new.shards)
-        record = statement(new.provenance(), files, _digest, output=Path(output))
+        record = statement(new.provenance(), files, shard_digest, output=Path(output))
         (folder / PROVENANCE_FILE).write_bytes(record)
     return tuple(left_out)
 
@@ -263,11 +263,12 @@ def _write_file(
             accept()
         new.check_unchanged()
         beside[PROVENANCE_FILE] += statement_of_one(
-            new.provenance(), Path(output), temporary, _digest
+            new.provenance(), Path(output), temporary, shard_digest
         )
 
 
-def _digest(path: Path) -> dict[str, str]:
+def shard_digest(path: Path) -> dict[str, str]:
+    """Return what a statement says of a weight file that was written: its header's digest."""
     return header_digest(read_safetensors(path))
 
 

@@ -135,8 +135,9 @@ def _near(path: str, home: Path) -> str | None:
 
 
 def statement_beside(file: Path) -> tuple[Path, ...]:
-    """Return where the statement about a file may lie: beside it, or in its folder."""
-    return Path(f"{os.fspath(file)}.{PROVENANCE_FILE}"), file.parent / PROVENANCE_FILE
+    """Return where the statement about a file may lie: beside it, in its folder, or above that."""
+    folders = (file.parent, file.parent.parent)
+    return Path(f"{os.fspath(file)}.{PROVENANCE_FILE}"), *(f / PROVENANCE_FILE for f in folders)
 
 
 def load_statement(path: Path) -> dict[str, Any]:

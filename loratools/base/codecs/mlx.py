@@ -289,4 +289,4 @@ def _module(key: str) -> str:
     return key.removesuffix(".weight")
 
 
-CODEC = Codec("MLX", ("metal",), _declare)
+CODEC = Codec("MLX", ("metal",), _declare, keeps_conv1d=True)

@@ -253,7 +253,8 @@ def prepare(
 def _refuse_nothing(
     model: Adapter, adapter: Adapter, target: Format, losses: tuple[Loss, ...]
 ) -> None:
-    if not (model.modules or model.replacements or model.shared):
+    added = model.additions.keys() - {loss.name for loss in losses}
+    if not (model.modules or added or model.replacements or model.shared):
         why = f": {losses[0].name} {losses[0].reason}" if losses else ""
         raise UnsupportedError(
             f"nothing would be left to write as {target.name}{why}",

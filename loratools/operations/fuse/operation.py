@@ -130,11 +130,21 @@ class Fusion:
 
     def _provenance(self) -> Mapping[str, Any]:
         lost = lost_to_rounding(list(self.reports.values()))
-        nbytes_in = sum(file.file.nbytes for file in self._base.files)
-        return {**self.record, "report": report(lost, self.new.nbytes, nbytes_in)}
+        return {**self.record, "report": report(lost, self.new.nbytes, self.nbytes_in)}
+
+    @property
+    def nbytes_in(self) -> int:
+        """Size of the base's weight files."""
+        return sum(file.file.nbytes for file in self._base.files)
 
     def _recorded(self) -> Mapping[str, Any]:
-        options = {
+        names = {f"adapter {i}": item.adapter for i, item in enumerate(self.inputs, 1)}
+        return operation_record("fuse", names, self.recorded_options, self._base)
+
+    @property
+    def recorded_options(self) -> Mapping[str, Any]:
+        """The options that the record has."""
+        return {
             "weights": [item.weight for item in self.inputs],
             "dtype": self.options.dtype,
             "max_shard_bytes": self.options.max_shard_bytes,
@@ -143,8 +153,6 @@ class Fusion:
             "changed_bits": self.options.changed_bits,
             "trained_on": self.options.trained_on,
         }
-        names = {f"adapter {i}": item.adapter for i, item in enumerate(self.inputs, 1)}
-        return operation_record("fuse", names, options, self._base)
 
     def _parts(self) -> dict[str, NewTensor]:
         parts: dict[str, NewTensor] = {}

@@ -11,14 +11,20 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from loratools.base.pipelines import read_base
 from loratools.naming.base_components import DENOISER, FOLDERS
 from loratools.naming.for_base import by_component, has_all
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.operation import Fusion
 from loratools.operations.fuse.options import FuseOptions
 from loratools.operations.fuse.result import FusePreview, FuseResult
+from loratools.operations.reported import report
+from loratools.work.call import kept
+from loratools.work.provenance import operation_record
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
+from loratools_formats.checkpoints.checkpoint_write import shard_digest
 from loratools_formats.checkpoints.pipelines import component_folders
 from loratools_formats.checkpoints.shards import check_space
 from loratools_formats.contract.files import check_target
@@ -26,7 +32,7 @@ from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.disk.files import RegularFile, copy_whole, inside
-from loratools_formats.disk.provenance import PROVENANCE_FILE
+from loratools_formats.disk.provenance import PROVENANCE_FILE, statement
 from loratools_formats.disk.publish import publish_folder, resolved
 
 
@@ -77,6 +83,7 @@ class PipelineFusion:
     def __init__(self, path: Path, inputs: Sequence[FuseInput], options: FuseOptions) -> None:
         self.path = path
         self.inputs = tuple(inputs)
+        self._record = kept(self._recorded)
         parts = by_folder(path, inputs)
         self._fusions = {
             name: Fusion(read_checkpoint(path / name), parts[name], options)
@@ -133,9 +140,31 @@ class PipelineFusion:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 copy_whole(path, folder / name)
             for name, fusion in self._fusions.items():
-                report = _after(progress, before, total)
-                done[name] = fusion.write(folder / name, progress=report)
+                counted = _after(progress, before, total)
+                done[name] = fusion.write(folder / name, progress=counted)
                 before += fusion.new.nbytes
+                # One component alone cannot be made again: the call was about all of them.
+                (folder / name / PROVENANCE_FILE).unlink()
+            result = self._result(done, total)
+            files = [folder / each for each in sorted(result.shards)]
+            record = self._provenance(result)
+            told = statement(record, files, shard_digest, folder=folder, output=Path(output))
+            (folder / PROVENANCE_FILE).write_bytes(told)
+        return result
+
+    def _recorded(self) -> Mapping[str, Any]:
+        names = {f"adapter {i}": item.adapter for i, item in enumerate(self.inputs, 1)}
+        each = [dict(fusion.recorded_options) for fusion in self._fusions.values()]
+        modes = [own["base_mode"] for own in each if own["base_mode"] is not None]
+        weights = [item.weight for item in self.inputs]
+        options = {**each[0], "weights": weights, "base_mode": modes[0] if modes else None}
+        return operation_record("fuse", names, options, read_base(self.path))
+
+    def _provenance(self, result: FuseResult) -> Mapping[str, Any]:
+        sizes = [fusion.nbytes_in for fusion in self._fusions.values()]
+        return {**self._record(), "report": report(result.lost, result.nbytes, sum(sizes))}
+
+    def _result(self, done: Mapping[str, FuseResult], total: int) -> FuseResult:
         return FuseResult(
             tensors=tuple(
                 replace(tensor, key=f"{name}/{tensor.key}")

@@ -26,6 +26,7 @@ from loratools_formats.formats.peft.config import PeftConfig
 _DECLARED = (
     ("gate_up_proj", "gate_up_proj_bias", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias"),
     ("w1", "v1", "w2"),
+    ("gate_proj", "up_proj", "down_proj"),
 )
 """Parameters of stacked experts in the order in which classes of transformers 5 declare them."""
 

@@ -183,6 +183,9 @@ def _singles(
     return in_names(adapter) if adapter.format in ("gguf", "peft") else adapter
 
 
+_IN_ONE = re.compile(r"(?:^|\.)experts\.(?:mlp\.)?[a-z0-9_]+$")
+
+
 def _refuse_flat(adapter: Adapter) -> None:
     """Refuse experts that the model keeps below each other in one matrix, as DBRX does.
 
@@ -191,7 +194,7 @@ def _refuse_flat(adapter: Adapter) -> None:
     """
     for change in adapter.modules.values():
         for parameter in change.layer.parameters:
-            if change.layer.kind != "experts" and not parameter.endswith(".weight"):
+            if change.layer.kind != "experts" and _IN_ONE.search(parameter):
                 raise UnsupportedError(
                     "experts of this model share a factor in one matrix, and no layout but PEFT's "
                     "own holds them",

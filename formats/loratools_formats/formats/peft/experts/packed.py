@@ -136,12 +136,18 @@ def packed_config(adapter: Adapter, values: Mapping[str, Any]) -> dict[str, Any]
     """
     if adapter.write_as not in PACKED:
         return dict(values)
-    leaves = set()
+    leaves, others = set(), set()
     for path, change in adapter.modules.items():
         is_stack = change.layer.kind == "experts"
+        kept = {name for name in change.layer.parameters if not name.endswith(".weight")}
+        if kept and not is_stack:  # of a module that has parameters only, as shared experts have
+            others |= kept
+            continue
         leaves.add((change.layer.parameters[0] if is_stack else path).rpartition(".")[2])
     made = {key: value for key, value in values.items() if key != "target_parameters"}
     made["target_modules"] = sorted(leaves)
+    if others:
+        made["target_parameters"] = sorted(others)
     if adapter.write_as in TINKER:
         if made.get("rank_pattern") or made.get("alpha_pattern"):
             raise UnsupportedError("Tinker's configuration has one rank and one alpha for all")
