@@ -361,7 +361,7 @@ def _chooses_experts(config: Mapping[str, Any]) -> bool:
 
 
 def _told_count(counts: Mapping[str, int], base: Checkpoint | None) -> list[Finding]:
-    """Return what to tell of numbers of experts that only the file tells."""
+    """Return findings about numbers of experts that are known from the file alone."""
     if base is not None or not counts:
         return []
     owner, count = next(iter(counts.items()))
