@@ -79,7 +79,9 @@ def missing(path: str | os.PathLike[str]) -> MissingFileError:
     found = None if text.endswith(_OF_FILES) else _HUB_ID.fullmatch(text)
     parent = os.path.dirname(text)
     if found is None or (not text.startswith(("hf:", "http")) and os.path.isdir(parent)):
-        return MissingFileError("no such file or folder", path=path, hint=_like(text))
+        near = nearly_as_typed(text)
+        hint = None if near is None else f"Did you mean {near}?"
+        return MissingFileError("no such file or folder", path=path, hint=hint)
     name = found[1]
     local = shlex.quote(name.rpartition("/")[2])
     return MissingFileError(
@@ -89,15 +91,15 @@ def missing(path: str | os.PathLike[str]) -> MissingFileError:
     )
 
 
-def _like(text: str) -> str | None:
-    """Return a hint with a path that is there and called nearly so."""
+def nearly_as_typed(text: str) -> str | None:
+    """Return a path that exists and is nearly as typed, quoted for a shell; None for none."""
     parent, name = os.path.split(text.rstrip("/"))
     try:
         names = [one for one in os.listdir(parent or ".")[:_MOST_NAMES] if not one.startswith(".")]
     except (OSError, ValueError):
         return None
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
-    return f"Did you mean {shlex.quote(os.path.join(parent, close[0]))}?" if close else None
+    return shlex.quote(os.path.join(parent, close[0])) if close else None
 
 
 def _is_circle(link: str) -> bool:
