@@ -198,7 +198,7 @@ def _untidy_pickle(path: Path, error: AdapterError) -> Kind:
         )
         return Kind(
             f"is a checkpoint of a trainer, whose tensors are below {name!r}",
-            f"To take them out: python -c {shlex.quote(code)}",
+            f"To take them out, where you trust the file: python -c {shlex.quote(code)}",
         )
     if b"code/__torch__" in start:
         return Kind("is a program of TorchScript, not weights", NAME_ANOTHER)
