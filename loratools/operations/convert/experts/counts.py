@@ -35,7 +35,7 @@ def counted(
         complete = complete and not _chooses_experts(adapter.config)
         if max(numbers) >= counts[owner] or (base is None and not complete):
             raise UnsupportedError(
-                "how many experts the layer has cannot be told"
+                "the number of experts in the layer is not known"
                 if base is None
                 else "the base has fewer experts",
                 path=adapter.source,

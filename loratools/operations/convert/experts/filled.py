@@ -6,12 +6,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
-<<<<<<< HEAD
-from loratools_formats.core.change import LowRank, ModuleChange
-=======
 from loratools.operations.convert.experts.groups import Group
-from loratools_formats.core.adapter import LowRank, ModuleChange
->>>>>>> a599f009 (Read, fuse and extract experts that alternate in the file, as Inkling 2's do)
+from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.tensors import TensorRef
 
 _SINGLE = re.compile(r"(?P<expert>(?:.*\.)?experts\.\d+)\.(?P<leaf>gate_proj|up_proj|down_proj)")
