@@ -20,7 +20,7 @@ from loratools.base.codecs.codec import (
 )
 from loratools.base.codecs.levels import float_codes
 from loratools.base.codecs.parts import matrix_rows
-from loratools.base.codecs.turned import Turned
+from loratools.base.codecs.transposed import Transposed
 from loratools_formats.checkpoints.eight_bit_floats import METHODS, Fp8Weight, fp8_weights
 from loratools_formats.checkpoints.facts import is_conv1d
 from loratools_formats.core.dtypes import DTYPES, Array
@@ -142,8 +142,8 @@ def _as_held(weight: CodedWeight, stored: Stored) -> CodedWeight:
     linear layers of these where it has scales of groups.
     """
     is_linear = stored.stated.get("packing_format") == _OF_LINEAR_LAYERS
-    is_turned = is_linear and len(weight.shape) == 2 and is_conv1d(weight.key, stored.config)
-    return Turned(weight) if is_turned else weight
+    is_transposed = is_linear and len(weight.shape) == 2 and is_conv1d(weight.key, stored.config)
+    return Transposed(weight) if is_transposed else weight
 
 
 def _is_of_others(stated: Mapping[str, Any]) -> bool:
