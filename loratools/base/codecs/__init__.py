@@ -85,12 +85,12 @@ def coded_weights(stored: Stored) -> dict[str, CodedWeight]:
 
 def _as_held(weights: Mapping[str, CodedWeight], stored: Stored) -> dict[str, CodedWeight]:
     """Return weights as the model holds them, those of Conv1D layers (in, out)."""
-    return {
-        key: Transposed(weight)
-        if len(weight.shape) == 2 and is_conv1d(key, stored.config)
-        else weight
-        for key, weight in weights.items()
-    }
+
+    def held(key: str, weight: CodedWeight) -> CodedWeight:
+        is_transposed = len(weight.shape) == 2 and is_conv1d(key, stored.config)
+        return Transposed(weight) if is_transposed else weight
+
+    return {key: held(key, weight) for key, weight in weights.items()}
 
 
 def without_marks(metadata: Mapping[str, str], weights: Collection[str]) -> dict[str, str]:
