@@ -58,7 +58,7 @@ class Command(click.Command):
             self.params.append(DeclaredOption(_REVISION, ["revision", flag], help=help_text))
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the arguments; an option that is none gets the suggestion that fits it best."""
+        """Parse the arguments; for an unknown option, suggest the one that fits best."""
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:

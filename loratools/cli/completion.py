@@ -1,4 +1,4 @@
-"""What a shell completes after an option whose values are no fixed list: formats, methods, types.
+"""What a shell completes after an option without a fixed list of values: formats, methods, types.
 
 Click asks while the user types, so each list is made only then, from what is registered.
 """

@@ -1,4 +1,4 @@
-"""What other programs call our commands and options, for the messages about names that are none.
+"""The names that other programs give to our commands and options, for messages about unknown names.
 
 A suggestion by likeness alone would name `--from` for `--force`.
 """
@@ -76,7 +76,7 @@ _TO = ("--to", "--target-format", "--output-format", "--format")
 
 
 def other_option(flag: str, command: str, known: Collection[str]) -> str | None:
-    """Return what to type in place of a flag that is none, as a sentence; None if that is open.
+    """Return what to type instead of an unknown flag, as a sentence; None if that is not known.
 
     Args:
         flag: as it was typed.

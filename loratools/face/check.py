@@ -1,4 +1,4 @@
-"""`check` and `rule`: what is the matter with adapters, and what each finding means."""
+"""`check` and `rule`: what is wrong with adapters, and what each finding means."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class CheckResult(Result):
     rules: tuple[str, ...]
 
     def destination(self, asked: Asked) -> tuple[str | None, bool]:
-        """Return where the mended adapter was to go, and whether there was something to mend."""
+        """Return where the fixed adapter was to go, and whether there was something to fix."""
         return asked.output, any(step.taken for step in self.steps)
 
 

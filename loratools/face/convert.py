@@ -1,4 +1,4 @@
-"""`convert` and `write`: an adapter in another format, compared with what was meant."""
+"""`convert` and `write`: an adapter in another format, compared with the original."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fleet_index`, `fleet_similar`, `fleet_dedup`: many adapters by what they do to the base."""
+"""`fleet_index`, `fleet_similar`, `fleet_dedup`: many adapters, compared by their changes."""
 
 from __future__ import annotations
 
@@ -253,7 +253,7 @@ def _located(adapters: Sequence[str | os.PathLike[str]]) -> tuple[list[Path], li
     """Return where adapters are, those on the Hub in its cache, and which cannot be brought here.
 
     Raises:
-        LoratoolsError: none of them is here; the first one's reason.
+        LoratoolsError: none of them can be found; the reason for the first.
     """
     from loratools.hub.resolve import located
 

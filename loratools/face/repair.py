@@ -1,4 +1,4 @@
-"""`repair`: an adapter without what its spectrum finds fault with."""
+"""`repair`: an adapter without the faults that its spectrum shows."""
 
 from __future__ import annotations
 

@@ -88,7 +88,8 @@ def to_lora(
 ) -> ToLoraResult:
     """Turn an adapter of any kind into a plain LoRA.
 
-    A kind that is a product of two factors in disguise folds exactly and needs no rule; any other
+    A kind whose change is a product of two factors is converted exactly and needs no rule; any
+    other
     is approximated at the rank asked for. New factors are float32 unless `dtype` says otherwise.
 
     >>> import loratools as lt

@@ -58,7 +58,7 @@ class NamedModules:
 
     @classmethod
     def of(cls, adapter: Adapter, names: Mapping[str, str]) -> NamedModules:
-        """Return the modules of an adapter that are called so."""
+        """Return the modules of an adapter that have this name."""
         return cls(names, shapes_of(adapter), adapter.metadata, adapter.source, adapter.base_model)
 
     def place(self, name: str, table: Table) -> Place | TextPlace | None:

@@ -114,7 +114,7 @@ def fused(
         name: of the fused module, for messages.
         parts: in the order of their rows; None where nothing changes.
         heights: rows of each.
-        exact: whether rows that `is_rounding` tells of are float64, to measure errors by.
+        exact: whether rows for which `is_rounding` is true are float64, to measure errors.
 
     Raises:
         UnsupportedError: kinds that cannot be put together.

@@ -1,4 +1,4 @@
-"""Which names of adapters mean one module, as far as that shows without the base.
+"""Which names of adapters mean one module, as far as it is known without the base.
 
 Names that differ by wrappers alone are of one module: `model.layers.0` and
 `model.language_model.layers.0` of a model before and after transformers 4.52. Of fused and split

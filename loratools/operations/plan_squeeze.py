@@ -1,4 +1,4 @@
-"""A schedule of squeezes from what people say of it, and how their trainer is told.
+"""A schedule of squeezes from a few numbers, and the configuration of a trainer for it.
 
 The snippets are whole: the code that makes the schedule, and what names it in the configuration of
 axolotl or LLaMA-Factory. Sources: `add_callbacks_pre_trainer` and `post_train` of axolotl's

@@ -1,4 +1,4 @@
-"""The way back from an output to what it was made from, as statements and metadata tell it.
+"""How an output was made, back to the originals, as statements and metadata record it.
 
 Nothing is computed: who says so is the file beside the output (or its metadata), and the digest of
 every subject shows whether it speaks of the bytes that are there.

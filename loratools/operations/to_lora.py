@@ -1,6 +1,7 @@
 """Every kind of adapter as plain low-rank factors, at the smallest error that is possible.
 
-Three cases. A kind that is a product of two factors in disguise folds exactly, to rounding. Any
+Three cases. A kind whose change is a product of two factors is converted exactly, up to rounding.
+Any
 other change is approximated by its leading singular triplets, and the error of the stored factors
 is measured against the true change. A change that depends on the base weight (DoRA, OFT, IA³ …) is
 built from it a block of rows at a time. What the kinds mean is in `loratools.kinds`.
@@ -48,7 +49,7 @@ from loratools_formats.disk.errors import AdapterError, OptionError, Unsupported
 
 @dataclass(frozen=True)
 class ToLoraOptions:
-    """What folding is told besides ranks and how to compute.
+    """Options of folding, besides ranks and options of computing.
 
     Attributes:
         set_: a value that the change depends on, and that neither the file nor the base's

@@ -111,7 +111,7 @@ def run(
 ) -> RunResult:
     r"""Run a recipe: operations one after another, resumed where a run stopped.
 
-    The whole recipe is checked before the first step. A step is passed over if its options, what it
+    The whole recipe is checked before the first step. A step is skipped if its options, what it
     reads and the version are those of an earlier run, and its result is still there.
 
     >>> import pathlib, tempfile

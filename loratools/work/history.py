@@ -2,7 +2,7 @@
 
 A statement beside an input is carried if it is about the input's very bytes, with those that it
 carries itself, each once: an output then knows its way back to the originals even where they are
-gone. An input without a statement may tell of its last operation in its own metadata.
+gone. An input without a statement may have its last operation in its own metadata.
 """
 
 from __future__ import annotations

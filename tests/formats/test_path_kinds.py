@@ -352,3 +352,9 @@ def test_pickled_bases_say_how_to_make_safetensors(place):
     assert found is not None
     subprocess.run([sys.executable, *shlex.split(found[1])], check=True, capture_output=True)
     assert loratools("fuse", "pickled-safetensors", "good", "-o", "out")[0] == 0
+
+
+def test_a_path_nearly_as_typed_is_named(place):
+    assert "Did you mean base/model.safetensors?" in loratools("info", "base/modl.safetensors")[1]
+    assert "Did you mean ./empty?" in loratools("info", "./empt")[1]
+    assert "Did you mean" not in loratools("info", "./xyzzy")[1]

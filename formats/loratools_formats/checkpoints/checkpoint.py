@@ -39,7 +39,7 @@ _TYPES: dict[str, tuple[type, str]] = {
     "quant_method": (str, "a string"),
     "quantization_config": (dict, "an object"),
 }
-"""Values of a configuration by which models and formats are told apart."""
+"""Values of a configuration that distinguish models and formats."""
 
 
 @dataclass(frozen=True)

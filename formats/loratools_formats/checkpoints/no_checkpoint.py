@@ -1,4 +1,4 @@
-"""What a path is that was given as a base model and is none, and the next step.
+"""What a path is that was given as a base model and is not one, and the next step.
 
 Every command in a hint can be pasted; what only the user knows stands in capitals.
 """

@@ -121,7 +121,7 @@ class Format:
         return []
 
     def writing_findings(self, adapter: Adapter) -> list[Finding]:
-        """Return what to tell of the form in which `write` would store an adapter.
+        """Return findings about the form in which `write` would store an adapter.
 
         By default there is one form.
 

@@ -1,10 +1,11 @@
-"""What a path is that was given as an adapter or a model and is none, and the next step.
+"""What a path is that was given as an adapter or a model and is neither, and the next step.
 
 Every command in a hint can be pasted; what only the user knows stands in capitals.
 """
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
 import re
@@ -42,6 +43,7 @@ _OTHER_WEIGHTS = {
 }
 _MOST_JSON_BYTES = 16 << 20
 _MOST_SHOWN = 4
+_MOST_NAMES = 10_000  # looked at for one that is nearly as typed
 
 
 def missing(path: str | os.PathLike[str]) -> MissingFileError:
@@ -77,7 +79,9 @@ def missing(path: str | os.PathLike[str]) -> MissingFileError:
     found = None if text.endswith(_OF_FILES) else _HUB_ID.fullmatch(text)
     parent = os.path.dirname(text)
     if found is None or (not text.startswith(("hf:", "http")) and os.path.isdir(parent)):
-        return MissingFileError("no such file or folder", path=path)
+        near = nearly_as_typed(text)
+        hint = None if near is None else f"Did you mean {near}?"
+        return MissingFileError("no such file or folder", path=path, hint=hint)
     name = found[1]
     local = shlex.quote(name.rpartition("/")[2])
     return MissingFileError(
@@ -85,6 +89,17 @@ def missing(path: str | os.PathLike[str]) -> MissingFileError:
         path=path,
         hint=f"If it is on the Hugging Face Hub: hf download {name} --local-dir {local}",
     )
+
+
+def nearly_as_typed(text: str) -> str | None:
+    """Return a path that exists and is nearly as typed, quoted for a shell; None for none."""
+    parent, name = os.path.split(text.rstrip("/"))
+    try:
+        names = [one for one in os.listdir(parent or ".")[:_MOST_NAMES] if not one.startswith(".")]
+    except (OSError, ValueError):
+        return None
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+    return shlex.quote(os.path.join(parent, close[0])) if close else None
 
 
 def _is_circle(link: str) -> bool:

@@ -1,4 +1,4 @@
-"""Findings: what readers and operations have to say about an adapter, with a code for each."""
+"""Findings: what readers and operations report about an adapter, with a code for each."""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 An in-toto Statement, version 1: plain JSON that says which files (by digest) came from which
 inputs (by digest) through which operation, so that it can be checked, repeated, or signed later
 by other tools. It holds no time, and of paths only those of inputs that lie near the output,
-relative to the folder that holds it: equal runs give equal bytes, and nobody's folders are told.
+relative to the folder that holds it: equal runs give equal bytes, and no folder of the user is
+recorded.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ RECORD_KEYS = (
     "loratools.seed",
     "loratools.version",
 )
-"""Metadata that tells of the operation which made a file, and of no earlier one."""
+"""Metadata about the operation that made a file, and about no earlier one."""
 MADE_HERE = b"# Made by loratools."
 """How a text file of ours begins that lies beside an output."""
 
@@ -67,7 +68,7 @@ def statement(
         files: the files.
         digest: what to say of each; its sha256 by default.
         folder: what they are named relative to; None for their names alone.
-        output: the path that the output will have, which paths of inputs are told relative to;
+        output: the path that the output will have, to which paths of inputs are relative;
             None to leave them out.
     """
     describe = digest or (lambda path: {"sha256": sha256_of(path)})

@@ -1,4 +1,4 @@
-"""Formats of quantised weights: one file each, all with one interface.
+"""Formats of quantised weights: one file for each, all with one interface.
 
 A codec says which stored tensors make up one weight (`declare`), a `CodedWeight` computes any range
 of its values, and its `encoder` stores a range of new ones with the scales that are there. Nothing

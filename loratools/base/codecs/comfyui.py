@@ -258,7 +258,8 @@ def _own_shape(
     are looked at: padding is zeros, less than a unit of them.
 
     Raises:
-        AdapterError: they tell of a shape that is not stored so, or nothing tells.
+        AdapterError: they describe a shape that is not stored in this way, or the shape is not
+        known.
     """
     out, width = codes.shape[0], codes.shape[1] * form.each
     stated = said.get("orig_shape")

@@ -115,7 +115,7 @@ def _per_expert(names: Names, module: str, parameter: str, delta: ModuleChange) 
 
 
 def _of_class(names: Names, module: str, parameter: str, delta: ModuleChange) -> list[Placement]:
-    """Return where a change goes in tensors that the class calls otherwise than stacks do."""
+    """Return where a change goes, in tensors that the class does not name as it names stacks."""
     rows = names.merged_into(parameter)
     if not rows:
         return []

@@ -1,4 +1,4 @@
-"""Pairs of factors put together or cut where a class keeps modules otherwise than an adapter.
+"""Pairs of factors that are joined or split where a class has other modules than an adapter.
 
 ΔW of a target is the sum of its pieces, each a pair of factors for some of its outputs in one of
 its planes. Put together, `a` is stacked and `b` has a block for each; pieces of one `a` share it.

@@ -6,6 +6,7 @@ that its command has, made from the same declarations.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -44,9 +45,11 @@ class FleetCommand(Command):
             verb = str(self.name).removeprefix("fleet ")
             if error.option_name not in {made.flag for _, made in VERBS[verb].options.values()}:
                 raise
+            at = next(i for i, one in enumerate(args) if one.startswith(error.option_name))
+            given = [one for one in args[at + 1 : cut][:1] if not one.startswith("-")]
             text = (
                 f"{error.option_name} is an option of the operation, and those stand behind --: "
-                f"loratools fleet {verb} ADAPTERS -o RESULTS -- {error.option_name} …"
+                f"loratools fleet {verb} ADAPTERS -o RESULTS -- {shlex.join([args[at], *given])}"
             )
             raise click.UsageError(text, ctx) from error
 

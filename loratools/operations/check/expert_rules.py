@@ -1,4 +1,4 @@
-"""Rules about factors of experts: layouts that a loader passes over, or reads as something else."""
+"""Rules about factors of experts: layouts that a loader ignores, or reads as something else."""
 
 from __future__ import annotations
 

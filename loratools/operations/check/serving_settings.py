@@ -23,7 +23,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def _settings(subject: Subject, _: Adapter, target: Target) -> Iterator[Found]:
-    """Find settings of the configuration that a program refuses or passes over."""
+    """Find settings of the configuration that a program refuses or ignores."""
     if not subject.is_peft:
         return
     for key in target.refused_settings:

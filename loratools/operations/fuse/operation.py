@@ -268,7 +268,7 @@ class Fusion:
             output: where.
             overwrite: replace an output that exists.
             progress: called with (bytes done, bytes in all).
-            ready: folder that holds all weight files already; `reports` tells of them.
+            ready: folder that holds all weight files already; `reports` describes them.
 
         Raises:
             OutputExistsError: the output exists and `overwrite` is false.

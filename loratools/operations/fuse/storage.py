@@ -268,7 +268,7 @@ def caveats_written(weights: Iterable[CodedWeight]) -> list[Finding]:
 
 
 def no_longer_quantised(storage: Storage, dtype: str | None) -> list[Finding]:
-    """Return what is told of weights that are plain now."""
+    """Return the findings about weights that are no longer quantised."""
     dropped = storage.base.dropped
     if not dropped:
         return []

@@ -1,4 +1,4 @@
-"""A merge as a file: YAML that says all of it, so that it can be repeated byte for byte.
+"""A merge as a file: YAML with all its settings, so that it can be repeated byte for byte.
 
     version: 1
     method: ties

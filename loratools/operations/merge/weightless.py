@@ -1,4 +1,4 @@
-"""Modules to which no adapter contributes, since its weight is 0 there: they leave the result.
+"""Modules to which no adapter contributes, since all weights are 0 there: they are left out.
 
 Those that a weight pattern silences leave before their values are looked at, so that a module of
 NaN, or of a kind that cannot be merged, hinders nothing.

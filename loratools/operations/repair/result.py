@@ -1,4 +1,4 @@
-"""What `repair` can be asked for, and what it returns."""
+"""The options of `repair`, and its result."""
 
 from __future__ import annotations
 

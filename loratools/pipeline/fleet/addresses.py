@@ -90,7 +90,7 @@ def opened(url: str) -> tuple[Any, str]:
 def listed(url: str, output: str | None = None) -> list[str]:
     """Return the addresses of the adapters that one names: itself, its matches, or all below it.
 
-    As here, names that begin with a dot are passed over, which marks of a fleet have.
+    Names that begin with a dot are skipped, as on the disk; the marks of a fleet have such names.
 
     Args:
         url: an address.

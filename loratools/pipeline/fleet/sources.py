@@ -1,6 +1,6 @@
 """Which adapters a fleet is of: paths, wildcards, lists, and the Hub's organisations and shelves.
 
-The order is that of names, and each name is one output: every process that is told the same finds
+The order is that of names, and each name is one output: every process with the same arguments finds
 the same list.
 """
 

@@ -2,7 +2,7 @@
 
 Outputs are whole or not there. In a folder the operations see to that. An object store shows each
 file whole, and the statement comes last and only if none is there: an output without its statement
-is not done, and of two launchers one is told that the other was first.
+is not done, and the second of two launchers gets an error.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One adapter of a fleet: passed over if it is done, made else, and told of in one record."""
+"""One adapter of a fleet: skipped if it is done, made otherwise, and reported in one record."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class Outcome:
 
 
 def run_task(task: Task) -> Outcome:
-    """Do one adapter, and return what became of it; whatever fails is told, not raised.
+    """Do one adapter, and return what became of it; a failure is returned, not raised.
 
     An error that is no fault of the input is met with a second try.
     """

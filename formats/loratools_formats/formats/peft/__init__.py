@@ -81,7 +81,7 @@ class Peft(Format):
         return weights_nbytes(adapter)
 
     def writing_findings(self, adapter: Adapter) -> list[Finding]:
-        """Return what to tell of stacks of experts that are not written as PEFT's own."""
+        """Return findings about stacks of experts that are not written as PEFT writes them."""
         from loratools_formats.formats.peft.written_sides import writing_findings
 
         return writing_findings(adapter)

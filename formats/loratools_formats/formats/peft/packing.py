@@ -73,7 +73,7 @@ class Guess:
 
 
 def grouped(path: str) -> Finding:
-    """Return what to tell of factors that a marker states to be expert by expert."""
+    """Return findings about factors that are packed expert by expert, as a marker states."""
     return Finding(
         "experts-grouped",
         "warning",

@@ -73,7 +73,7 @@ def sayable(adapter: Adapter) -> Adapter:
 
 
 def writing_findings(adapter: Adapter) -> list[Finding]:
-    """Return what to tell of stacks that are written otherwise than PEFT's own."""
+    """Return findings about stacks that are not written as PEFT writes them."""
     if adapter.format != "peft" or adapter.write_as or not _flat_stacks(adapter):
         return []
     if not sayable(adapter).write_as:

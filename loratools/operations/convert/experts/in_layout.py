@@ -138,7 +138,7 @@ def _others_in(adapter: Adapter, in_names: Callable[[Adapter], Adapter]) -> Adap
 
 
 def _of_larger_rank(before: Adapter, after: Adapter) -> list[Finding]:
-    """Return what to tell of stacks that hold gate's and up's own factors, one beside the other."""
+    """Return findings about stacks that hold gate's and up's own factors, one beside the other."""
     ranks = [c.rank or 0 for name, c in before.modules.items() if _OF_EXPERTS.search(name)]
     largest = max(ranks, default=0)
     larger = [

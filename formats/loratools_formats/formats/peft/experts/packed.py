@@ -43,7 +43,7 @@ def is_packed(adapter: Adapter, path: str) -> bool:
 
 
 def packed_tensors(adapter: Adapter) -> Iterator[TensorRef]:
-    """Yield the factors that the layout stores otherwise than PEFT, under its names.
+    """Yield the factors that the layout does not store as PEFT does, under the layout's names.
 
     Raises:
         UnsupportedError: factors of one projection have different shapes.
