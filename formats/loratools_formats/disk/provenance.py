@@ -201,7 +201,7 @@ def is_sound(value: Any) -> bool:
 
 def _flaw(statement: Mapping[str, Any]) -> str | None:
     """Return which part has another form than ours have; None if none has."""
-    subject = statement.get("subject")
+    subject: Any = statement.get("subject")
     if not _are_files(subject) or not all(_is_inside(one.get("name", "")) for one in subject):
         return "the list of subjects"
     return _flaw_of_predicate(statement.get("predicate"))
@@ -211,6 +211,7 @@ def _flaw_of_predicate(predicate: Any) -> str | None:
     if not isinstance(predicate, dict):
         return "the predicate"
     call = predicate.get("call", {})
+    forms: list[tuple[Mapping[str, Any], str, type]]
     forms = [(predicate, name, dict) for name in ("tool", "options", "environment", "steps")]
     forms += [(predicate, "history", list), (predicate, "call", dict)]
     if isinstance(call, dict):

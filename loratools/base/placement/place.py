@@ -22,11 +22,10 @@ from loratools.base.placement.sites import Site, sites
 from loratools.base.placement.tied import tied_changes
 from loratools.base.tied import shared_embeddings
 from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.checkpoints.facts import DEFAULT_HEAD, head_of
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.orientation import OTHER_BASE
-from loratools_formats.checkpoints.facts import DEFAULT_HEAD, head_of
-from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, printable
 
