@@ -154,6 +154,20 @@ def in_16_bits(base: DequantisedCheckpoint) -> Checkpoint:
     return replace(base.checkpoint, tensors=tensors)
 
 
+def rounded_as(base: DequantisedCheckpoint, other: DequantisedCheckpoint) -> Checkpoint:
+    """Return a checkpoint whose weights are rounded as another one stores them in 16 bits.
+
+    What `fuse` and `dequantize` wrote of a weight that nothing changed is then equal, not near.
+    """
+    tensors = dict(base.checkpoint.tensors)
+    for key, weight in base.weights.items():
+        there = other.checkpoint.tensors.get(key)
+        is_plain = there is not None and key not in other.weights
+        if there is not None and is_plain and there.dtype.floating and there.dtype.bits == 16:
+            tensors[key] = weight.tensor(there.dtype)
+    return replace(base.checkpoint, tensors=tensors)
+
+
 def dequantised_metadata(base: DequantisedCheckpoint) -> dict[str, str] | None:
     """Return the metadata of files of dequantised weights; None if they keep their own."""
     files = base.checkpoint.files

@@ -18,6 +18,7 @@ from loratools.base.placement.fused import part_spans
 from loratools.base.placement.names import Names
 from loratools.base.placement.orient import cut_is_transposed, whole_is_transposed
 from loratools.base.placement.sites import Site, sites
+from loratools.base.tied import find_tie
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import KindDelta, Layer, LowRank
@@ -97,6 +98,8 @@ def names_under(adapter: Adapter, base: Checkpoint, modules: Collection[str]) ->
                 path=adapter.source,
                 tensor=replacement.tensor.key,
             )
+        if key is None and leaf == "weight" and _tied(names, module):
+            key = replacement.target  # the output layer's own, which parts it from the embedding
         if key is not None:
             tensors[key] = replacement.tensor
     return Names(replace(checkpoint, tensors=tensors))
@@ -109,7 +112,7 @@ def find_base_module(names: Names, name: str, delta: LowRank | KindDelta) -> Bas
         AdapterError: no tensor of the base fits, or several do.
         UnsupportedError: it is one of stacked matrices, or it is not known which way round it lies.
     """
-    found = sites(names, name, "weight")
+    found = sites(names, name, "weight") or _tied(names, name)
     if not found:
         near = ", ".join(names.nearest(f"{name}.weight")) or "none"
         raise AdapterError(
@@ -131,6 +134,13 @@ def find_base_module(names: Names, name: str, delta: LowRank | KindDelta) -> Bas
     biases = sites(names, name, "bias")
     alone = len(found) == len(biases) == 1 and found[0].part is None and biases[0].part is None
     return BaseModule(pieces, layer, names.tensors[biases[0].key] if alone else None)
+
+
+def _tied(names: Names, name: str) -> list[Site]:
+    """Return the embedding that an output layer is tied to; empty if the module is none so tied."""
+    tie = find_tie(names, guess_head=True)
+    is_head = tie is not None and names.spelling(tie.head) == names.spelling(f"{name}.weight")
+    return [Site(tie.embedding)] if tie is not None and is_head else []
 
 
 def is_in_stack(names: Names, name: str) -> bool:

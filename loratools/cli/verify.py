@@ -87,7 +87,7 @@ def _show(result: VerifyResult, *, verbose: bool) -> None:
     counts = ", ".join(f"{count} {verdict}" for verdict, count in result.counts.items())
     say(f"tensors: {counts}")
     answer = {True: "contained", False: "not contained", None: "cannot tell"}[result.contained]
-    told = f", {percent(result.told)} of ΔW shows" if result.contained is None else ""
+    told = f", {percent(result.told)} of ΔW can be judged" if result.contained is None else ""
     say(f"adapter: {answer}{told}")
 
 

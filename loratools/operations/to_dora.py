@@ -117,6 +117,7 @@ def to_dora(
     adapter = renamed_to_class(adapter, base)
     if not adapter.modules:
         raise AdapterError("there is no module to turn into a DoRA", path=adapter.source)
+    _refuse_biases(adapter)
 
     seen = seen_by(adapter, base)
     names, in_base = names_under(adapter, seen.checkpoint, adapter.modules), seen.names
@@ -145,6 +146,21 @@ def to_dora(
         *(math.hypot(*sizes) for sizes in zip(*(each for _, _, each in done), strict=True))
     )
     return ToDoraResult(result, tuple(report for _, report, _ in done), lost.relative)
+
+
+def _refuse_biases(adapter: Adapter) -> None:
+    """Refuse what PEFT would not load: a DoRA with a bias in lora_B."""
+    biased = [
+        n for n, change in adapter.modules.items() if change.require_factors().bias is not None
+    ]
+    if adapter.format == "peft" and biased:
+        raise UnsupportedError(
+            "lora_B has a bias, and PEFT has no DoRA with one",
+            path=adapter.source,
+            tensor=biased[0],
+            got=f"{len(biased)} modules with lora_bias",
+            hint="Fuse the adapter into its base instead: loratools fuse BASE ADAPTER -o FUSED",
+        )
 
 
 def _one(

@@ -141,7 +141,7 @@ def verify(
         raise
 
     def judged(plan: TensorPlan) -> TensorVerdict:
-        return _judged(plan, new)
+        return _judged(plan, old, new)
 
     verdicts: list[TensorVerdict] = []
     for verdict in in_order(judged, plans.values(), workers or usable_cores()):
@@ -216,7 +216,9 @@ def _without_drop(error: AdapterError) -> str | None:
     )
 
 
-def _judged(plan: TensorPlan, new: DequantisedCheckpoint) -> TensorVerdict:
+def _judged(
+    plan: TensorPlan, old: DequantisedCheckpoint, new: DequantisedCheckpoint
+) -> TensorVerdict:
     there = new.checkpoint.tensors.get(plan.key)
     if there is None:
         reason = "no tensor of that name"
@@ -224,6 +226,9 @@ def _judged(plan: TensorPlan, new: DequantisedCheckpoint) -> TensorVerdict:
     if there.shape != plan.source.shape:
         reason = f"shape {list(there.shape)}, expected {list(plan.source.shape)}"
         return TensorVerdict(plan.key, "not contained", plan.is_touched, reason=reason)
+    coded = old.weights.get(plan.key), new.weights.get(plan.key)
+    if not plan.is_touched and _same_codes(*coded):
+        return TensorVerdict(plan.key, "exact", touched=False)
     exactly = plan.key not in new.stored
     if exactly and plan.is_copy and _same_bytes(plan.source, there):
         return TensorVerdict(plan.key, "exact", plan.is_touched)
@@ -239,6 +244,15 @@ def _same_bytes(one: TensorRef, other: TensorRef) -> bool:
         bytes(one.raw_range(start, min(start + _COMPARED, one.nbytes)))
         == bytes(other.raw_range(start, min(start + _COMPARED, one.nbytes)))
         for start in range(0, one.nbytes, _COMPARED)
+    )
+
+
+def _same_codes(one: CodedWeight | None, other: CodedWeight | None) -> bool:
+    """Return whether two weights are quantised alike, and all their tensors equal."""
+    if one is None or other is None or one.scheme != other.scheme or one.dtype != other.dtype:
+        return False
+    return [part.key for part in one.parts] == [part.key for part in other.parts] and all(
+        _same_bytes(*pair) for pair in zip(one.parts, other.parts, strict=True)
     )
 
 

@@ -22,6 +22,7 @@ from loratools.pipeline.state import (
     digests,
     is_done,
     read_state,
+    restore_state,
     write_state,
 )
 from loratools.pipeline.steps import Step, StepInput
@@ -251,8 +252,14 @@ class _Run:
 
     def _made(self, step: Step, output: Path | None, key: str | None) -> RanStep:
         assert key is not None
+        before, there = read_state(self._folder, step.name), _identity(output)
         write_state(self._folder, step.name, StepState(key, None))
-        result = self._call(step, output)
+        try:
+            result = self._call(step, output)
+        except BaseException:
+            if _identity(output) == there:  # nothing of ours: a user's file stays a user's
+                restore_state(self._folder, step.name, before)
+            raise
         if result.to_dict().get("passed") is False:
             return RanStep(step.name, step.operation, "failed", None, None, None)
         files = {} if output is None else digests(output)
@@ -362,6 +369,15 @@ def _named(step: Step) -> Iterator[None]:
     except LoratoolsError as error:
         error.message = f"step {step.name}: {error.message}"
         raise
+
+
+def _identity(output: Path | None) -> tuple[int, ...] | None:
+    """Return what tells whether a result was put in the place of another; None if none is there."""
+    try:
+        found = None if output is None else os.lstat(output)
+    except OSError:
+        return None
+    return None if found is None else (found.st_dev, found.st_ino, found.st_mtime_ns)
 
 
 def _size(output: Path) -> int:

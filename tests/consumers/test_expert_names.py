@@ -90,3 +90,20 @@ def test_shared_experts_of_three_parameters_stay_beside_every_layout(tmp_path):
         assert off(model.change(f"{out} back"), wanted) <= ROUNDING, asked
     lt.squeeze(adapter, rank=4, output=tmp_path / "squeezed")
     assert off(model.change(tmp_path / "squeezed"), wanted) <= ROUNDING
+
+
+def test_files_that_alternate_what_the_class_has_in_halves(tmp_path):
+    """Inkling 2's files hold gate and up by turns in `w13_weight`, and its class in halves."""
+    model = Model("Inkling2ForCausalLM", 24, tmp_path)
+    assert any(name.endswith("w13_weight") for name in load_file(model.base / "model.safetensors"))
+    adapter = model.adapter("a", target_modules=["q_proj"])
+    wanted = model.change(adapter)
+    for index, asked in enumerate(({"to": "peft"}, {"experts": "each"}, {"experts": "3d"})):
+        out = tmp_path / str(index)
+        lt.convert(adapter, base=model.base, output=out, **asked)
+        assert off(model.fused(out), wanted) <= ROUNDING, asked
+    lt.merge([adapter, tmp_path / "1"], base=model.base, output=tmp_path / "both")
+    assert off(model.change(tmp_path / "both"), wanted, wanted) <= 2.0**-48
+    lt.fuse(model.base, adapter, output=tmp_path / "fused")
+    lt.extract(model.base, tmp_path / "fused", rank=4, output=tmp_path / "extracted")
+    assert off(model.change(tmp_path / "extracted"), wanted) <= 4 * ROUNDING

@@ -12,7 +12,7 @@ import numpy as np
 import peft_oracle as oracle
 import pytest
 
-from loratools import delta, dequantize, fuse, read
+from loratools import delta, dequantize, extract, fuse, read, verify
 from loratools.base.dequantised import dequantised
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
 
@@ -118,6 +118,21 @@ def test_a_fused_model_that_keeps_its_format(case, base, kept, changes, tmp_path
     assert np.linalg.norm(got - want) < FLOAT32 * size
     assert np.linalg.norm(kept["by kernels"] - want) < KERNELS * size
     assert apart(want, kept["changed"], kept["base"]) < 2 * result.quantising_error
+
+
+def test_verify_and_extract_leave_alone_what_nothing_changed(case, base, changes, tmp_path):
+    """Of 14 quantised weights two change: the others are exact, and no part of an adapter."""
+    adapter = FOLDER / case / "adapter"
+    for options in ({}, {"requantize": True, "allow_lossy": True}):
+        fused = tmp_path / f"fused{len(options)}"
+        fuse(base, adapter, output=fused, **options)
+        found = verify(fused, base=base, adapters=adapter)
+        untouched = [each for each in found.tensors if not each.touched]
+        assert {each.verdict for each in untouched} == {"exact"}
+        assert len(untouched) == 19
+        got = tmp_path / f"extracted{len(options)}"
+        extract(base, fused, output=got, rank=4)
+        assert set(read(got).modules) == set(changes)
 
 
 def test_what_the_tool_loaded_is_read_as_the_tool_does(case, base, kept, changes, tmp_path):

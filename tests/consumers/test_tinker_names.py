@@ -173,3 +173,35 @@ def test_outputs_without_a_part_are_refused(tmp_path):
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedError, match="no place for the last outputs"):
         lt.convert(tmp_path / "a", to="tinker", base=tmp_path / "base", output=tmp_path / "b")
+
+
+def test_mambas_own_x_proj_and_an_embedding_beside_it_stay(tmp_path):
+    """A file of Mamba was taken for Tinker's parts of Nemotron, and lost its embedding in PEFT."""
+    import peft
+    import torch
+    import transformers
+
+    def model():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 40, "state_size": 4}
+        return transformers.MambaForCausalLM(transformers.MambaConfig(**sizes))
+
+    def merged(folder):
+        whole = peft.PeftModel.from_pretrained(model(), folder).merge_and_unload()
+        return {key: value.detach().numpy() for key, value in whole.named_parameters()}
+
+    config = peft.LoraConfig(r=2, target_modules=["x_proj", "embeddings"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model(), config)
+    for name, weight in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    adapted.save_pretrained(tmp_path / "lora")
+    assert not [f for f in lt.check(tmp_path / "lora").findings if f.code in ("LT115", "LT401")]
+    lt.squeeze(tmp_path / "lora", energy=1.0, output=tmp_path / "squeezed")
+    wanted, found = merged(tmp_path / "lora"), merged(tmp_path / "squeezed")
+    before = dict(model().named_parameters())
+    assert not np.allclose(
+        wanted["backbone.embeddings.weight"], before["backbone.embeddings.weight"].detach()
+    )
+    for key, value in wanted.items():
+        np.testing.assert_allclose(found[key], value, rtol=0, atol=1e-5, err_msg=key)

@@ -250,6 +250,23 @@ def test_results_of_others_are_not_replaced(place):
     assert (place / "release/both/mine.txt").read_text() == "mine"
 
 
+def test_a_step_that_failed_makes_no_file_its_own(place):
+    """Its key was left; the next run took a user's file for its own and replaced it."""
+    recipe, mine = place / "release.yaml", place / "release/a.safetensors"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    (place / "in/bad.safetensors").write_text("no adapter")
+    steps = "version: 1\nsteps: [{name: a, do: squeeze, source: in/bad.safetensors, rank: 2}]"
+    recipe.write_text(steps)
+    for _ in range(2):
+        with pytest.raises(LoratoolsError, match="is a text file"):
+            lt.run(recipe, overwrite=True)
+        with pytest.raises(OutputExistsError, match="no run of a recipe made it"):
+            lt.run(recipe)
+    assert [path.name for path in mine.parent.iterdir()] == ["a.safetensors"]
+    assert mine.read_text() == "mine"
+
+
 def step(text):
     return f"version: 1\nsteps:\n- name: a\n  {text}"
 

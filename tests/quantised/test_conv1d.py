@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from encoder_cases import CASES
+from encoder_cases import AUTO_ROUND, CASES
 from quantised_cases import pairs
 from test_written_back import save
 
@@ -12,7 +12,7 @@ import loratools as lt
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
 
 
-@pytest.mark.parametrize("name", ["GPTQ 4", "AWQ gemm", "MXFP4 packed 2-D", "FP8 a row"])
+@pytest.mark.parametrize("name", ["GPTQ 4", "AWQ gemm", "MXFP4 packed 2-D", "MXFP8 of AutoRound"])
 def test_conv1d_layers_are_coded_as_linear_ones(name, tmp_path):
     """Tools transpose GPT-2's layers before they pack them: the model holds the transpose.
 
@@ -23,9 +23,12 @@ def test_conv1d_layers_are_coded_as_linear_ones(name, tmp_path):
         codes, scales = rng.integers(0, 16, (64, 128)), rng.integers(115, 125, (64, 4))
         tensors = {"x.weight_packed": pairs(codes), "x.weight_scale": scales.astype(np.uint8)}
         told = {"stated": {"quant_method": "compressed-tensors"}}
+    elif name.startswith("MXFP8"):
+        tensors, _ = CASES["MXFP8"](rng)
+        told = {"stated": {**AUTO_ROUND, "packing_format": "auto_round:llm_compressor"}}
     else:
         tensors, told = CASES[name](rng)
-    stated = told.get("stated") or told["quantization_config"]
+    stated = told["stated"]
     module = "transformer.h.0.mlp.c_proj"
     named = {key.replace("x.", f"{module}.", 1): value for key, value in tensors.items()}
     values = {}
@@ -67,3 +70,14 @@ def test_conv1d_layers_are_coded_as_linear_ones(name, tmp_path):
         assert result.surviving == pytest.approx(share, rel=1e-3)
         assert share > 0.3
     np.testing.assert_array_equal(changes["gpt2"], changes["llama"].T)
+
+
+def test_eight_bit_floats_have_the_shape_of_the_plain_weight(tmp_path):
+    tensors, told = CASES["FP8 a row"](np.random.default_rng(0))
+    module = "transformer.h.0.mlp.c_fc"
+    named = {key.replace("x.", f"{module}.", 1): value for key, value in tensors.items()}
+    config = {"model_type": "gpt2", "quantization_config": told["quantization_config"]}
+    lt.dequantize(save(tmp_path / "base", named, config), dtype="f32", output=tmp_path / "plain")
+    plain = read_checkpoint(tmp_path / "plain").tensors[f"{module}.weight"]
+    codes, scales = tensors["x.weight"][0].astype("f4"), tensors["x.weight_scale"]
+    np.testing.assert_array_equal(plain.load(np.float32), codes * scales)

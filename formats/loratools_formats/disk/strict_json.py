@@ -54,7 +54,13 @@ def _constant(text: str) -> float:
     raise StrictJsonError(f"{text} is not JSON")
 
 
-def loads(data: bytes, *, max_depth: int | None = None, most_values: int = MOST_VALUES) -> Any:
+def loads(
+    data: bytes,
+    *,
+    max_depth: int | None = None,
+    most_values: int = MOST_VALUES,
+    with_surrogates: bool = False,
+) -> Any:
     """Parse UTF-8 JSON.
 
     Args:
@@ -62,6 +68,7 @@ def loads(data: bytes, *, max_depth: int | None = None, most_values: int = MOST_
         max_depth: most levels of lists and objects; by default what Python's parser can hold,
             for values that are neither written nor printed again.
         most_values: about how many values there may be.
+        with_surrogates: take lone ones, which stand for bytes of file names that are no UTF-8.
 
     Raises:
         StrictJsonError: not UTF-8, a byte order mark, duplicate keys at any level, NaN or
@@ -91,7 +98,7 @@ def loads(data: bytes, *, max_depth: int | None = None, most_values: int = MOST_
         raise StrictJsonError("nested too deeply") from error
     except json.JSONDecodeError as error:
         raise StrictJsonError(f"{error.msg} at character {error.pos}") from error
-    if "\\ud" in text.lower():
+    if not with_surrogates and "\\ud" in text.lower():
         _refuse_surrogates(value)
     if max_depth is not None:
         _refuse_depth(value, max_depth)

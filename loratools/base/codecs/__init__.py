@@ -32,7 +32,7 @@ from loratools.base.codecs.codec import (
     Stored,
     WholeEncoder,
 )
-from loratools.base.codecs.turned import Turned
+from loratools.base.codecs.transposed import Transposed
 from loratools_formats.checkpoints.facts import is_conv1d
 from loratools_formats.checkpoints.siblings import wrong_shape
 
@@ -78,17 +78,19 @@ def coded_weights(stored: Stored) -> dict[str, CodedWeight]:
         for weight in declared.values():
             if not all(weight.shape):
                 raise wrong_shape(weight.parts[0], "a weight that has values")
-        found |= declared if codec.keeps_conv1d else _turned(declared, stored)
+        found |= declared if codec.keeps_conv1d else _as_held(declared, stored)
         stored = stored.without(part.key for weight in declared.values() for part in weight.parts)
     return found
 
 
-def _turned(weights: Mapping[str, CodedWeight], stored: Stored) -> dict[str, CodedWeight]:
+def _as_held(weights: Mapping[str, CodedWeight], stored: Stored) -> dict[str, CodedWeight]:
     """Return weights as the model holds them, those of Conv1D layers (in, out)."""
-    return {
-        key: Turned(weight) if len(weight.shape) == 2 and is_conv1d(key, stored.config) else weight
-        for key, weight in weights.items()
-    }
+
+    def held(key: str, weight: CodedWeight) -> CodedWeight:
+        is_transposed = len(weight.shape) == 2 and is_conv1d(key, stored.config)
+        return Transposed(weight) if is_transposed else weight
+
+    return {key: held(key, weight) for key, weight in weights.items()}
 
 
 def without_marks(metadata: Mapping[str, str], weights: Collection[str]) -> dict[str, str]:

@@ -20,7 +20,9 @@ from loratools.base.placement.orient import cut_is_transposed, whole_is_transpos
 from loratools.base.placement.replacing import place_replacements
 from loratools.base.placement.sites import Site, sites
 from loratools.base.placement.tied import tied_changes
+from loratools.base.tied import shared_embeddings
 from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.checkpoints.facts import DEFAULT_HEAD, head_of
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.orientation import OTHER_BASE
@@ -235,6 +237,17 @@ def unmatched(names: Names, missing: list[str], adapter: Adapter) -> UnmatchedEr
             path=adapter.source,
             got=missing[0],
             hint=f"Rename it: loratools convert --to peft -o renamed --base {base} {source}",
+        )
+    head = head_of(sorted(names.types))
+    if shared_embeddings(names) and all(
+        names.spelling(name).removesuffix(".weight") in (head, DEFAULT_HEAD) for name in missing
+    ):
+        return UnmatchedError(
+            "the output layer is tied to an embedding that an encoder and a decoder share, and the "
+            "base has none of its own",
+            path=names.base.path,
+            tensor=missing[0],
+            hint=f"To go without it, leave it out with `drop`: '^{re.escape(head)}$'",
         )
     listed = []
     for name in missing[:_LISTED]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from loratools.algebra.ranks import RankRule, as_options
-from loratools.base.dequantised import dequantised
+from loratools.base.dequantised import dequantised, rounded_as
 from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.extract.pairs import Comparison, Pair
 from loratools.operations.to_lora import ToLoraChoices, ToLoraResult, to_lora, to_lora_choices
@@ -87,7 +87,8 @@ def difference(
         UnsupportedError: a tensor that has no place in a LoRA changed.
     """
     selection = selection or Selection()
-    comparison = Comparison(dequantised(base).checkpoint, dequantised(tuned).checkpoint, selection)
+    old, new = dequantised(base), dequantised(tuned)
+    comparison = Comparison(rounded_as(old, new), rounded_as(new, old), selection)
     pairs = comparison.pairs()
     changed = in_order(lambda pair: pair.differs(), pairs, workers or usable_cores())
     differing = [pair for pair, differs in zip(pairs, changed, strict=True) if differs]

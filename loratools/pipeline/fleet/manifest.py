@@ -94,7 +94,7 @@ class Manifest:
                 told = json.loads(line)
                 outcome = Outcome.of_line(told)
                 seen = {k: (str(mark), str(sha)) for k, (mark, sha) in (outcome.seen or {}).items()}
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 continue  # of another version, or cut short: it decides nothing
             if told.get("schema") == SCHEMA:
                 self._lines[outcome.name] = told

@@ -284,9 +284,11 @@ class Plan:
                     break
         finally:
             running.close()
-            if manifest is not None:
-                manifest.write(ended, names)
-            self._end(first=mine)
+            try:
+                if manifest is not None:
+                    manifest.write(ended, names)
+            finally:
+                self._end(first=mine)
 
     def _begin(self) -> bool:
         """Return whether this launcher is the first at this shard, as far as marks tell."""

@@ -110,17 +110,21 @@ def base_tensor(name: str) -> str | None:
     return ".".join([part for part in path.split(".") if part != "base_layer"] + [leaf])
 
 
-def saved_again(name: str) -> str | None:
-    """Return the tensor that a name repeats, None if it is not of that form.
+def saved_again(name: str) -> tuple[str, ...]:
+    """Return the tensors that a name may repeat; empty if it is not of that form.
 
     Asked to save a whole embedding which is in `modules_to_save` too, PEFT writes it three times:
-    under its name, under its wrapper's, and as it was before training. It loads the first.
+    under its name, under its wrapper's, and as it was before training. It loads the first. Asked
+    for all biases, it writes those of saved modules so, too, and the adapter's name stays in them.
 
     >>> saved_again("base_model.model.lm_head.original_module.weight")
-    'base_model.model.lm_head.weight'
+    ('base_model.model.lm_head.weight',)
+    >>> saved_again("base_model.model.score.modules_to_save.default.dense.bias")[1]
+    'base_model.model.score.dense.bias'
     """
     for wrapper in (".original_module.", ".modules_to_save."):
         head, found, tail = name.rpartition(wrapper)
         if found:
-            return f"{head}.{tail}"
-    return None
+            of_adapter, _, inner = tail.partition(".")
+            return (f"{head}.{tail}", *([f"{head}.{inner}"] if of_adapter and inner else []))
+    return ()

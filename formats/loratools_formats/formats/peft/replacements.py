@@ -45,7 +45,7 @@ def classify(
             rows = _token_rows(values, key.path, tensor, folder)
             of_rows[name] = Replacement("token_rows", f"{key.path}.weight", tensor, rows)
             continue
-        if _belongs_to_training(values, name) or keys.saved_again(name) in rest:
+        if _belongs_to_training(values, name) or any(n in rest for n in keys.saved_again(name)):
             carried[name] = tensor
             continue
         target = keys.base_tensor(name)

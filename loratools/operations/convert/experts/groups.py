@@ -176,6 +176,22 @@ def _names_other(name: str) -> bool:
     return _IN_HALVES.search(re.split(r"[/\\]", name.rstrip("/\\"))[-1]) is not None
 
 
+def has_gate(adapter: Adapter, group: Group, base: Checkpoint | None) -> bool | None:
+    """Return whether the model's experts have a gate; None if nothing tells.
+
+    Nemotron's have none. A file may adapt up alone of a model that has one.
+    """
+    if group.single.keys() & {"gate_proj", "gate_up_proj"} or "gate_up_proj" in group.stacks:
+        return True
+    types = types_of(adapter, base)
+    if types:
+        return not types & _WITHOUT_GATE
+    return False if group.owner.endswith("mixer.experts") else None
+
+
+_WITHOUT_GATE = frozenset({"nemotron_h"})
+
+
 def order_of(
     adapter: Adapter, groups: Mapping[str, Group], base: Checkpoint | None
 ) -> tuple[Order, tuple[Finding, ...]]:

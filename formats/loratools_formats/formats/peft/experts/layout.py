@@ -59,6 +59,7 @@ class Layout:
 
 
 _FACTOR = re.compile(rf"{re.escape(PREFIX)}(?P<path>.+)\.(?P<part>lora_[AB])\.weight")
+_EMBEDDING = re.compile(rf"{re.escape(PREFIX)}(?P<path>.+)\.lora_embedding_[AB]")
 
 
 def factor(name: str) -> tuple[str, str] | None:
@@ -126,6 +127,7 @@ def with_targets(
         stacks: the parameter of each module that stands for one; empty if the configuration has it.
     """
     paths = {found[0] for name in tensors if (found := factor(name)) is not None}
+    paths |= {match["path"] for name in tensors if (match := _EMBEDDING.fullmatch(name))}
     stated = [f".{each.rpartition('.')[0]}" for each in values.get("target_parameters") or ()]
     whole = {
         path for path in paths - stacks.keys() if not f".{owner(path)}".endswith(tuple(stated))

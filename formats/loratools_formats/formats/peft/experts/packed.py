@@ -12,6 +12,7 @@ from typing import Any
 
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import LowRank
+from loratools_formats.core.factors import alpha_of
 from loratools_formats.core.tensors import TensorRef, have_same_bits, joined
 from loratools_formats.disk.errors import UnsupportedError
 from loratools_formats.formats.peft.experts.layout import A, B, named
@@ -150,6 +151,11 @@ def packed_config(adapter: Adapter, values: Mapping[str, Any]) -> dict[str, Any]
         made["target_parameters"] = sorted(others)
     if adapter.write_as in TINKER:
         if made.get("rank_pattern") or made.get("alpha_pattern"):
-            raise UnsupportedError("Tinker's configuration has one rank and one alpha for all")
+            parts = [change.require_factors() for change in adapter.modules.values()]
+            if len({(part.rank, part.scale) for part in parts}) > 1:
+                raise UnsupportedError("Tinker's configuration has one rank and one alpha for all")
+            rank, scale = parts[0].rank, parts[0].scale  # the patterns are of modules left behind
+            made |= {"r": rank, "lora_alpha": alpha_of(rank, scale), "use_rslora": False}
+            made |= {"rank_pattern": {}, "alpha_pattern": {}}
         made["target_modules"] = "all-linear"
     return made

@@ -28,18 +28,22 @@ from loratools_formats.formats.peft.experts.layout import (
 _EXPERT = re.compile(r"(?P<owner>(?:.*\.)?experts)\.(?P<leaf>w[123])")
 _HEAD = re.compile(r"(?:.*\.)?unembed_tokens|model\.lm_head")
 """`model.lm_head` is GLM-5.3's (pull 928)."""
-_TELLING = re.compile(r"(?:.*\.)?(?:unembed_tokens|linear_attn\.in_proj_[qkv]|mixer\.x_proj)")
+_TELLING = re.compile(r"(?:.*\.)?(?:unembed_tokens|linear_attn\.in_proj_[qkv])")
+_OF_NEMOTRON = re.compile(r"(?P<owner>(?:.*\.)?mixer)\.(?P<leaf>gate_proj|x_proj)")
+"""Parts of Nemotron's projection. Mamba's mixer has an `x_proj` of its own, and no `gate_proj`."""
 GATED = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 UNGATED = {"w1": "up_proj", "w2": "down_proj"}
 _ATTENTION = re.compile(r"(?P<before>.*\.layers\.\d+)\.attn\.(?P<leaf>[qkvo]_proj)")
 
 
-_PART = re.compile(r"(?:.*\.)?(?:linear_attn\.in_proj_[qkv]|mixer\.(?:gate_proj|x_proj))")
+_PART = re.compile(r"(?:.*\.)?linear_attn\.in_proj_[qkv]")
 
 
 def about_parts(modules: Iterable[str]) -> list[Finding]:
     """Return findings about modules that are parts of a projection; PEFT has no such modules."""
-    parts = [name for name in modules if _PART.fullmatch(name)]
+    names = list(modules)
+    halves = _halves(names)
+    parts = [name for name in names if _PART.fullmatch(name) or name in halves]
     if not parts:
         return []
     text = (
@@ -50,12 +54,22 @@ def about_parts(modules: Iterable[str]) -> list[Finding]:
     return [Finding("projections-in-parts", "warning", parts[0], text, hint)]
 
 
+def _halves(modules: Iterable[str]) -> set[str]:
+    """Return the modules that are halves of Nemotron's projection, where both are there."""
+    found: dict[str, set[str]] = {}
+    for name in modules:
+        match = _OF_NEMOTRON.fullmatch(name)
+        if match is not None:
+            found.setdefault(match["owner"], set()).add(name)
+    return {name for both in found.values() if len(both) == 2 for name in both}
+
+
 def _claims(tensors: Mapping[str, TensorRef]) -> bool:
     for name, tensor in tensors.items():
         path, _ = factor(name) or ("", "")
         if _TELLING.fullmatch(path) or (_EXPERT.fullmatch(path) and len(tensor.shape) != 2):
             return True
-    return False
+    return bool(_halves((factor(name) or ("", ""))[0] for name in tensors))
 
 
 def _read(found: Plain, folder: Path) -> Plain:

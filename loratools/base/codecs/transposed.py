@@ -20,7 +20,7 @@ from loratools_formats.disk.errors import AdapterError
 _PIECE = 1 << 17  # elements encoded at a time
 
 
-class Turned(CodedWeight):
+class Transposed(CodedWeight):
     """The transpose of a weight.
 
     Args:
@@ -53,13 +53,13 @@ class Turned(CodedWeight):
     def encoder(self) -> WholeEncoder | None:
         """Return what stores new values as the weight is stored; None if it is only read."""
         encoder = self._weight.encoder()
-        return _TurnedEncoder(self, encoder) if isinstance(encoder, Encoder) else None
+        return _TransposedEncoder(self, encoder) if isinstance(encoder, Encoder) else None
 
 
-class _TurnedEncoder(WholeEncoder):
+class _TransposedEncoder(WholeEncoder):
     """Values of the transpose, encoded row by row as they are stored."""
 
-    def __init__(self, weight: Turned, encoder: Encoder) -> None:
+    def __init__(self, weight: Transposed, encoder: Encoder) -> None:
         super().__init__(encoder.blanks, encoder.scheme)
         self._weight, self._encoder = weight, encoder
 
