@@ -65,7 +65,7 @@ def command(
     loratools fuse base-model chat:0.7 code:0.3 -o both --dtype bf16
     loratools fuse base.gguf my-adapter -o merged.gguf --dtype q8_0
     """  # noqa: D301 - click reads the backspace
-    target = target_of(writing)
+    target = target_of(writing, adapters[-1] if len(adapters) > 1 else None)
     sources = [weighted_path(text) for text in adapters]
     inputs = [base, *(path for path, _ in sources), target.output]
     pages.check(reporting, inputs, overwrite=writing.overwrite)

@@ -74,7 +74,7 @@ def command(
         sources = [weighted_path(text) for text in adapters]
     else:
         raise OptionError("no adapters to merge", hint="Name some, or pass `recipe=FILE`")
-    target = target_of(writing)
+    target = target_of(writing, adapters[-1] if len(adapters) > 1 else None)
     others = read_of(sources) if isinstance(sources, Path) else [path for path, _ in sources]
     others += [path for path in (reading.base, target.output) if path is not None]
     pages.check(reporting, others, overwrite=writing.overwrite)

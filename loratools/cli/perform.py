@@ -6,6 +6,7 @@ Text and `--json` come from the same result; notes and errors go to stderr.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import replace
@@ -33,8 +34,12 @@ Progress = Callable[[int, int], None]
 _NONE = Pages()
 
 
-def target_of(writing: Writing) -> Writing:
+def target_of(writing: Writing, last: str | None = None) -> Writing:
     """Return where the result goes: nowhere on a dry run.
+
+    Args:
+        writing: what was asked for.
+        last: the last adapter that was named, which may have been meant as the output.
 
     Raises:
         OptionError: no output was given.
@@ -42,8 +47,16 @@ def target_of(writing: Writing) -> Writing:
     if writing.dry_run:
         return replace(writing, output=None, in_place=False)
     if writing.output is None:
-        raise OptionError("no output given", hint="Add `output=PATH`, or `dry_run=True`")
+        hint = "Add `output=PATH`, or `dry_run=True`"
+        if last is not None and _may_be_output(last):
+            hint = f"If {last} is the output, write `output={last}` in its place"
+        raise OptionError("no output given", hint=hint)
     return writing
+
+
+def _may_be_output(text: str) -> bool:
+    """Return whether a path could be made: nothing is there, and its folder is."""
+    return not os.path.lexists(text) and os.path.isdir(os.path.dirname(text) or ".")
 
 
 _COLLECTED: ContextVar[list[Result] | None] = ContextVar("collected", default=None)
