@@ -129,7 +129,7 @@ def ignoring(adapter: Adapter, keys: Sequence[str]) -> Adapter:
 def _ignored(finding: Finding) -> Finding:
     if finding.code != "unknown-config-key":
         return finding
-    text = f"config key {finding.where} is not known, and is ignored as was asked for"
+    text = f"config key {finding.where} is not known, and is ignored as requested"
     return Finding("ignored-config-key", "note", finding.where, text)
 
 

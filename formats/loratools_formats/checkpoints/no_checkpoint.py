@@ -152,5 +152,5 @@ def _of_file(path: Path) -> Kind | None:
     )
     return Kind(
         "holds pickled weights, and bases are read from safetensors",
-        f"To save them so: python -c {shlex.quote(code)}",
+        f"To save them so, where you trust the file: python -c {shlex.quote(code)}",
     )

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from loratools_formats.containers.sniffing import tensor_names
-from loratools_formats.containers.torch_states import NO_TORCH_ARCHIVE
 from loratools_formats.disk.errors import AdapterError
 from loratools_formats.disk.first_bytes import (
     ARCHIVE_START,
@@ -49,7 +48,7 @@ _NAMES = (
         "Name the folder or the file of the adapter that the run saved",
     ),
     (
-        re.compile(
+        (
             r"(?:tokenizer|spiece|sentencepiece\.bpe|tekken)\.(?:model|json)"
             r"|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.\w+"
             r"|merges\.txt"
@@ -58,7 +57,7 @@ _NAMES = (
         NAME_ANOTHER,
     ),
     (
-        re.compile(r"trainer_state\.json|events\.out\.tfevents\..*"),
+        r"trainer_state\.json|events\.out\.tfevents\..*",
         "is the record of a training run",
         NAME_ANOTHER,
     ),
@@ -124,7 +123,7 @@ def _start_of(path: Path) -> bytes:
 
 def _by_name(path: Path) -> Kind | None:
     for pattern, what, hint in _NAMES:
-        if pattern.fullmatch(path.name):
+        if re.fullmatch(pattern, path.name):
             return Kind(what, hint)
     found = _ENDINGS.get(path.suffix)
     return None if found is None else Kind(f"{found}, which is not read", NAME_ANOTHER)
@@ -182,6 +181,8 @@ def _pickled(path: Path) -> Kind:
 
 
 def _untidy_pickle(path: Path, error: AdapterError) -> Kind:
+    from loratools_formats.containers.torch_states import NO_TORCH_ARCHIVE
+
     start = _start_of(path)
     if b"string_to_param" in start:
         return Kind(*_INVERSION)
@@ -198,7 +199,7 @@ def _untidy_pickle(path: Path, error: AdapterError) -> Kind:
         )
         return Kind(
             f"is a checkpoint of a trainer, whose tensors are below {name!r}",
-            f"To take them out: python -c {shlex.quote(code)}",
+            f"To take them out, where you trust the file: python -c {shlex.quote(code)}",
         )
     if b"code/__torch__" in start:
         return Kind("is a program of TorchScript, not weights", NAME_ANOTHER)

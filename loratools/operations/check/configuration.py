@@ -35,7 +35,7 @@ def _unsorted(subject: Subject) -> Iterator[Found]:
     if len(set(names)) < len(names):
         yield Found("target_modules names a module twice", "target_modules", CONFIG_FILE)
     elif names != sorted(names):
-        text = "target_modules is in no order: PEFT writes a set, and differently each time"
+        text = "target_modules is in no order: PEFT writes a set, and in another order each time"
         yield Found(text, "target_modules", CONFIG_FILE)
 
 

@@ -235,7 +235,7 @@ def _run(subject: Subject, rule: Rule) -> Iterator[Found]:
         try:
             own = list(rule.check(subject))
         except LoratoolsError as error:
-            text = f"{rule.code} could not look at it: {_text(error)}"
+            text = f"{rule.code} could not check it: {_text(error)}"
             own = [replace(Found(text, error.tensor), hint=error.hint or "")]
     yield from own
     if not own and rule.of_readers:

@@ -50,7 +50,7 @@ class PeftWeights(StateDictFormat):
         from loratools_formats.core.findings import Finding
 
         adapter = super().adapter(state)
-        text = "there is no adapter_config.json beside it, which would tell the scale"
+        text = "there is no adapter_config.json beside it, which would state the scale"
         missing = Finding("config-missing", "warning", "adapter_config.json", text)
         return replace(adapter, findings=(*adapter.findings, missing))
 

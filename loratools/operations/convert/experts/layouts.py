@@ -183,7 +183,7 @@ def _gated(adapter: Adapter, group: Group, base: Checkpoint | None) -> Group:
 
 def _told_turn(wanted: Wanted, turned: int) -> Finding:
     if wanted.peft == "0.18":
-        text = f"A of {turned} stacks is on the outputs now, as PEFT 0.17 and 0.18 read it"
+        text = f"A of {turned} stacks is now on the outputs, as PEFT 0.17 and 0.18 read it"
     else:
         text = (
             f"A of {turned} stacks was on the outputs, which PEFT 0.19.1 and later refuse or read "
