@@ -94,7 +94,7 @@ def test_what_no_stacked_file_can_say_is_told(tmp_path):
     for asked in ({"to": "peft"}, {"experts": "stacked"}):
         with pytest.raises(UnsupportedError, match="on which side") as told:
             lt.convert(tmp_path / "3d", output=tmp_path / "no", **asked)
-        assert "3d --to peft --base BASE -o " in told.value.hint
+        assert "3d --to peft --base BASE " in told.value.hint
     done = lt.squeeze(tmp_path / "3d", rank=2, output=tmp_path / "small")
     assert "experts-laid-out" in {finding.code for finding in done.findings}
     assert lt.read(tmp_path / "small").expert_layout.name == "3d"

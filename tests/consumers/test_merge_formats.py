@@ -64,3 +64,18 @@ def test_without_a_base_the_hint_names_convert(tmp_path):
                 asked = {"to": first, "base": model.base}
                 out = tmp_path / f"{first} of {second} {len(more)}{ending}"
                 lt.convert(source, output=out, **asked)
+
+
+def test_nemotron_of_mlx_goes_to_gguf(tmp_path):
+    """mlx-lm calls its layers as the model's files do: `backbone.layers`."""
+    model = Model("NemotronHForCausalLM", 24, tmp_path)
+    adapter = model.adapter("a", target_modules=["q_proj", "o_proj"])
+    wanted = model.change(adapter)
+    for name in ("mlx", "four"):
+        asked = {"to": "mlx"} if name == "mlx" else {"names_of": "4"}
+        lt.convert(adapter, base=model.base, output=tmp_path / name, **asked)
+        assert any(path.startswith("backbone.") for path in lt.read(tmp_path / name).modules)
+        lt.convert(tmp_path / name, base=model.base, output=tmp_path / f"{name}.gguf")
+        lt.convert(tmp_path / f"{name}.gguf", base=model.base, to="peft",
+                   output=tmp_path / f"{name} back")  # fmt: skip
+        assert off(model.fused(tmp_path / f"{name} back"), wanted) <= ROUNDING

@@ -76,7 +76,7 @@ def test_a_pipe_in_the_place_of_a_statement_is_not_waited_for(made):
     os.mkfifo(place)
     found = squeeze(made)
     assert (found.done, found.failed) == (1, 1)
-    assert "of other inputs, options or another version" in found.adapters[0].error
+    assert "from other inputs, with other options or by another version" in found.adapters[0].error
 
 
 def places(value, path=()):

@@ -81,6 +81,21 @@ def test_sums_that_cancel_are_right_to_the_last_place(name, rank, outlier):
         rounding.assert_rounded_once(got, exact)
 
 
+@pytest.mark.parametrize("kind", ["bf16", "f16"])
+@pytest.mark.parametrize("size", [1e25, 1e50, 1e300])
+def test_factors_at_both_ends_of_the_range_cancel_as_others_do(kind, size):
+    """Squares of one side vanish and of the other overflow: the bound of errors was 0 times inf."""
+    rng = np.random.default_rng(5)
+    factors = np.float32 if size < 1e38 else np.float64
+    left = (rng.standard_normal((200, 8)) / size).astype(factors)
+    right = (rng.standard_normal((8, 150)) * size).astype(factors)
+    exact = left.astype(np.float64) @ right.astype(np.float64)
+    w = (-exact).astype(np.float32).astype(rounding.TYPES[kind])
+    with np.errstate(over="ignore", invalid="ignore"):  # as fusing has it
+        got = summed(w, [term(left, right)], single=True)
+    rounding.assert_rounded_once(got, w.astype(np.float64) + exact)
+
+
 def test_what_cancels_altogether_is_left_to_double_precision():
     """Without the repair a float32 sum would be all rounding error here."""
     rng = np.random.default_rng(3)

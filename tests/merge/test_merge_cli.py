@@ -444,7 +444,7 @@ def test_merge_on_the_cpu_imports_no_torch(tmp_path):
 
 def test_the_help_says_that_core_space_is_another_method():
     text = " ".join(CliRunner().invoke(cli, ["merge", "--help"]).output.split())
-    assert "low rank but gives another result" in text
+    assert "another method than on full weights" in text
     for option in (
         "--method", "--density", "--lambda", "--majority-sign", "--flavor", "--normalize",
         "--space", "--weight-pattern", "--replacements", "--base", "--force-base", "--recipe",

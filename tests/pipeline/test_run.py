@@ -259,7 +259,7 @@ def test_a_step_that_failed_makes_no_file_its_own(place):
     steps = "version: 1\nsteps: [{name: a, do: squeeze, source: in/bad.safetensors, rank: 2}]"
     recipe.write_text(steps)
     for _ in range(2):
-        with pytest.raises(LoratoolsError, match="is a text file"):
+        with pytest.raises(LoratoolsError, match="is a text and holds no weights"):
             lt.run(recipe, overwrite=True)
         with pytest.raises(OutputExistsError, match="no run of a recipe made it"):
             lt.run(recipe)

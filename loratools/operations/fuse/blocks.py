@@ -190,9 +190,10 @@ class _Product:
         self.right_lines = term.right.T
         if dtype == np.float32:
             self.right_lines = np.ascontiguousarray(term.right.T)  # for scattered columns
+            # In float64: squares of 10^±23, which may meet in one product, leave float32.
             lengths = [
-                math.sqrt(np.einsum("ij,ij->i", term.left, term.left).max()),
-                math.sqrt(np.einsum("ij,ij->j", term.right, term.right).max()),
+                math.sqrt(np.einsum(axes, side, side, dtype=np.float64).max())
+                for axes, side in (("ij,ij->i", term.left), ("ij,ij->j", term.right))
             ]
             # Rounding errors of a product of r terms grow like √r unless they conspire
             # (Higham and Mary 2019, doi 10.1137/18M1226312).
@@ -304,12 +305,10 @@ def _repair(
 ) -> None:
     """Compute again in float64 the entries whose float32 error could show in the type to store."""
     bound = sum(term.bound for term in prepared)
-    if bound == 0.0:
-        return
     flat = total.reshape(-1)
     sample = flat[::_RMS_STRIDE]
     size = math.sqrt(float(np.dot(sample, sample)) / sample.size)
-    if bound > _MAX_BOUND_TO_RMS * spacing.relative * size:
+    if not bound <= _MAX_BOUND_TO_RMS * spacing.relative * size:  # or one of them is NaN
         _compute_in_double(base, total, top, prepared)
         return
     if bound < spacing.smallest / 2:

@@ -37,6 +37,7 @@ DEFAULT_DTYPE = "f32"
 _OWN_KEYS = ("general.", "adapter.", "tokenizer.", "split.", "format")
 _PREFIXES = (
     "", "model.language_model.", "language_model.model.", "language_model.", "model.text_model.",
+    "backbone.",
 )  # fmt: skip
 
 
