@@ -98,5 +98,14 @@ def test_what_no_stacked_file_can_say_is_told(tmp_path):
     done = lt.squeeze(tmp_path / "3d", rank=2, output=tmp_path / "small")
     assert "experts-laid-out" in {finding.code for finding in done.findings}
     assert lt.read(tmp_path / "small").expert_layout.name == "3d"
+    done = lt.convert(tmp_path / "3d", to="peft", base=model.base, output=tmp_path / "peft")
+    assert any("it is on the outputs now" in finding.message for finding in done.findings)
+    stated(adapter, None)
+    codes = {
+        folder: {found.code for found in lt.check(tmp_path / folder).findings}
+        for folder in ("3d", "a")
+    }
+    assert "LT405" in codes["a"]
+    assert "LT405" not in codes["3d"]
     squeezed = lt.squeeze(adapter, rank=2, output=tmp_path / "stacked")
     assert "experts-laid-out" not in {finding.code for finding in squeezed.findings}

@@ -438,3 +438,20 @@ def test_mlx_gets_one_rank_and_one_scale(tmp_path):
     assert {c.rank for c in adapter.modules.values()} == {2}
     part = adapter.modules["model.layers.0.self_attn.q_proj"].require_factors()
     np.testing.assert_array_equal(part.scale * part.b.load() @ part.a.load(), np.ones((8, 8)))
+
+
+def test_mlx_has_no_place_for_a_head_that_is_the_embedding(tmp_path):
+    """mlx-lm makes no output layer for tied models, and stops at an adapter of one."""
+    change = Change()
+    tensors, config = tinker(change)
+    tensors |= pair("base_model.model.model.unembed_tokens",
+                    np.ones((2, 8), np.float32), np.ones((16, 2), np.float32))  # fmt: skip
+    folder = save(tmp_path / "a", (tensors, config))
+    for tied in (False, True):
+        model = base(tmp_path / f"base {tied}", change, stacks=True, tie_word_embeddings=tied)
+        if not tied:
+            lt.convert(folder, to="mlx", base=model, output=tmp_path / "mlx")
+            assert "lm_head" in read_adapter(tmp_path / "mlx").modules
+            continue
+        with pytest.raises(UnsupportedError, match="mlx-lm has no layer"):
+            lt.convert(folder, to="mlx", base=model, output=tmp_path / "no")

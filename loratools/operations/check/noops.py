@@ -71,6 +71,9 @@ def _expert_axes(subject: Subject) -> Iterator[Found]:
     adapter = subject.adapter
     if adapter is None or not subject.is_peft:
         return
+    layout = adapter.expert_layout
+    if layout is None or layout.name != "stacked":  # others have axes that no release exchanged
+        return
     stacks = [n for n, change in adapter.modules.items() if change.layer.kind == "experts"]
     version = subject.config.get("peft_version")
     if not stacks or not isinstance(version, str):

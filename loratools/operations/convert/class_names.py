@@ -15,7 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from loratools.base.dequantised import dequantised
 from loratools.base.placement.flat_experts import experts_in
+from loratools.base.placement.names import Names
+from loratools.base.tied import find_tie
 from loratools.operations.in_class_names import in_class_names
 from loratools_formats.checkpoints import expert_classes
 from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
@@ -134,6 +137,7 @@ def _refuse_names(adapter: Adapter, target: str) -> None:
 
 
 def _for_mlx(adapter: Adapter, base: Checkpoint) -> Adapter:
+    _refuse_tied_head(adapter, base)
     modules: dict[str, ModuleChange] = {}
     several = isinstance(base.config.get("text_config"), Mapping)
     is_nemotron = "nemotron_h" in model_types(base.config)
@@ -143,6 +147,22 @@ def _for_mlx(adapter: Adapter, base: Checkpoint) -> Adapter:
             called = _prefixed(path) if several else path
             modules[called] = _in_stack_of(called, made) if called != path else made
     return replace(adapter, modules={name: modules[name] for name in sorted(modules)})
+
+
+def _refuse_tied_head(adapter: Adapter, base: Checkpoint) -> None:
+    """Refuse a change of an output layer that is the embedding: mlx-lm has no layer for it.
+
+    Raises:
+        UnsupportedError: there is one.
+    """
+    head = next((name for name in adapter.modules if f".{name}".endswith(".lm_head")), None)
+    if head is not None and find_tie(Names(dequantised(base).checkpoint)) is not None:
+        raise UnsupportedError(
+            "the output layer of this model is its embedding, and mlx-lm has no layer for it",
+            path=adapter.source,
+            tensor=head,
+            hint="Fuse the adapter into its base instead: loratools fuse BASE ADAPTER -o FUSED",
+        )
 
 
 def _in_stack_of(path: str, change: ModuleChange) -> ModuleChange:

@@ -157,7 +157,8 @@ def _as_stacked(adapter: Adapter, wanted: Wanted, found: Sorted, base: Checkpoin
         made |= modules
         turned += count
     if turned:
-        told.append(_told_turn(wanted, turned))
+        swapped = any(change.layer.swapped for change in made.values())
+        told.append(_told_turn(wanted, turned, swapped=swapped))
     return made, tuple(told)
 
 
@@ -181,13 +182,14 @@ def _gated(adapter: Adapter, group: Group, base: Checkpoint | None) -> Group:
     return with_zeros(group, 0, gated=gated)
 
 
-def _told_turn(wanted: Wanted, turned: int) -> Finding:
+def _told_turn(wanted: Wanted, turned: int, *, swapped: bool) -> Finding:
+    was, is_now = ("inputs", "outputs") if swapped else ("outputs", "inputs")
     if wanted.peft == "0.18":
-        text = f"A of {turned} stacks is now on the outputs, as PEFT 0.17 and 0.18 read it"
+        text = f"A of {turned} stacks is now on the {is_now}, as PEFT 0.17 and 0.18 read it"
     else:
         text = (
-            f"A of {turned} stacks was on the outputs, which PEFT 0.19.1 and later refuse or read "
-            "wrongly; it is on the inputs now"
+            f"A of {turned} stacks was on the {was}, which PEFT 0.19.1 and later refuse or read "
+            f"wrongly; it is on the {is_now} now"
         )
     return Finding("experts-laid-out", "note", None, text)
 
