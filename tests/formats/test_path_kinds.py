@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from loratools.cli import cli
 from loratools.cli.errors import describe
+from loratools_formats.contract.file_kinds import is_of_model
 
 RNG = np.random.default_rng(1)
 MODULE = "model.layers.0.self_attn.q_proj"
@@ -358,3 +359,23 @@ def test_a_path_nearly_as_typed_is_named(place):
     assert "Did you mean base/model.safetensors?" in loratools("info", "base/modl.safetensors")[1]
     assert "Did you mean ./empty?" in loratools("info", "./empt")[1]
     assert "Did you mean" not in loratools("info", "./xyzzy")[1]
+
+
+@pytest.mark.parametrize(
+    "leaves",
+    [
+        ("weight", "weight_scale", "comfy_quant"),
+        ("qweight", "qzeros", "scales", "g_idx"),
+        ("weight_packed", "weight_scale", "weight_shape"),
+        ("weight", "scales", "biases"),
+        ("_weight_qdata", "_weight_scale"),
+        ("weight", "weight.absmax", "weight.quant_map", "weight.quant_state.bitsandbytes__nf4"),
+        ("weight", "scale_weight", "scale_input"),
+        ("experts.down_proj_blocks", "experts.down_proj_scales", "experts.down_proj_bias"),
+    ],
+)
+def test_quantised_weights_are_a_models(leaves):
+    """`info` tells of such a file how it is quantised, and other commands what it is."""
+    names = [f"model.layers.{i}.mlp.{leaf}" for i in range(3) for leaf in leaves]
+    assert is_of_model(names)
+    assert not is_of_model([*names, "model.layers.0.mlp.lora_A.weight"])

@@ -140,7 +140,7 @@ def test_many_groups_at_once(mixed):
 @pytest.mark.parametrize(
     ("stated", "offset"),
     [
-        ({}, 1),
+        ({"quant_method": "gptq"}, 1),
         ({"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}, 1),
         ({"quant_method": "auto-round", "packing_format": "auto_round"}, 0),
         ({"quant_method": "auto-round", "packing_format": "auto_round:gptqmodel"}, 0),
@@ -162,7 +162,24 @@ def test_zeros_of_gptq_wrap():
         "x.qzeros": to_words(np.full((1, 32), 15), 4),
         "x.scales": np.ones((1, 32), np.float16),
     }
-    check(only(tensors), np.full((32, 64), 3.0), "F16")
+    check(only(tensors, {"quant_method": "gptq"}), np.full((32, 64), 3.0), "F16")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_zeros_of_gptq_of_which_nothing_tells(bits):
+    """Where no configuration is there, symmetric weights tell by their zeros, others cannot."""
+    half = 1 << (bits - 1)
+    codes = RNG.integers(0, 1 << bits, (32, 64))
+    tensors = {
+        "x.qweight": np.ascontiguousarray(to_words(codes, bits).T),
+        "x.scales": np.ones((1, 32), np.float16),
+    }
+    for zero in (half - 1, half):
+        zeros = {"x.qzeros": to_words(np.full((1, 32), zero), bits)}
+        check(only(tensors | zeros), (codes - half).astype(np.float32), "F16")
+    mixed = {"x.qzeros": to_words(RNG.integers(0, half, (1, 32)) + np.arange(32) % 2, bits)}
+    with pytest.raises(UnsupportedError, match=r"stored less one.*x.qzeros.*quantize_config.json"):
+        only(tensors | mixed)
 
 
 def test_unknown_forms_of_gptq_are_named():
@@ -175,7 +192,7 @@ def test_unknown_forms_of_gptq_are_named():
         coded_weights(stored(tensors, {"packing_format": "auto_round:fake"}))
     tensors["x.g_idx"] = np.full(64, 1, np.int32)
     with pytest.raises(AdapterError, match=r"group that does not exist.*x.g_idx"):
-        only(tensors).tensor().load()
+        only(tensors, {"quant_method": "gptq"}).tensor().load()
 
 
 @pytest.mark.parametrize("with_order", [True, False])
@@ -193,7 +210,8 @@ def test_gptq_of_few_outputs(bits, out, with_order):
     said = {"quant_method": "gptq", "bits": bits}
     check(only(tensors, said), (codes - 2).astype(np.float32), "F16")
     if with_order:
-        check(only(tensors), (codes - 2).astype(np.float32), "F16")
+        del said["bits"]
+        check(only(tensors, said), (codes - 2).astype(np.float32), "F16")
 
 
 def test_bits_of_gptq_that_nothing_tells():
@@ -229,10 +247,11 @@ def test_an_order_of_gptq_without_order_is_refused():
         "x.scales": np.ones((2, 32), np.float16),
         "x.g_idx": np.zeros(64, np.int32),
     }
+    said = {"quant_method": "gptq"}
     with pytest.raises(AdapterError, match=r"first of several groups.*x.g_idx.*without desc_act"):
-        only(tensors).tensor().load()
+        only(tensors, said).tensor().load()
     del tensors["x.g_idx"]
-    assert only(tensors).shape == (32, 64)
+    assert only(tensors, said).shape == (32, 64)
 
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)

@@ -31,7 +31,9 @@ STATE_NAMES = re.compile(
 """Files that trainers write beside weights, to go on from there."""
 WEIGHT_ENDINGS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt")
 _OF_MODELS = re.compile(
-    r"(?:^|\.)(?:(?:\w*_)?(?:blocks?|layers?)|h)\.\d+\.(?:.*\.)?(?:weight|bias)$"
+    r"(?:^|\.)(?:(?:\w*_)?(?:blocks?|layers?)|h)\.\d+\.(?:.*\.)?"
+    r"(?:_?weight(?:[._][\w.]*)?|bias|qweight|qzeros|scales|biases|g_idx|W_q|input_scale"
+    r"|scale_weight|scale_input|comfy_quant|\w+_(?:blocks|scales))$"
     r"|(?:^|\.)(?:embed_tokens|lm_head|wte|wpe|norm|ln_f)\.(?:weight|bias)$"
 )
 _OF_ADAPTERS = re.compile(r"lora|adapter|hada_|lokr_|oft|delta|\.diff(?!usion)", re.IGNORECASE)

@@ -191,7 +191,11 @@ def _weight(stored: Stored, module: str, parts: Mapping[str, TensorRef]) -> Code
             got="desc_act in the configuration",
             expected=f"{module}.g_idx",
         )
-    first = _is_first_version(stored.stated, codes.key)
+    first = (
+        _is_first_version(stored.stated, codes.key)
+        if stored.stated
+        else _is_first_by_zeros(zeros, bits, out)
+    )
     return _Gptq(f"{module}.weight", parts, bits, first_version=first)
 
 
@@ -233,6 +237,26 @@ def _is_ragged(stated: Mapping[str, Any], width: int, groups: int) -> bool:
         and width % size > 0
         and (-(-width // size) == groups)
     )
+
+
+def _is_first_by_zeros(zeros: TensorRef, bits: int, out: int) -> bool:
+    """Return whether zeros are stored less one, where no configuration says so.
+
+    Those of symmetric weights are all the middle code, or one less.
+
+    Raises:
+        UnsupportedError: the weight is not symmetric.
+    """
+    data = zeros.load().view(np.uint8).reshape(zeros.shape[0], -1)
+    found, middle = np.unique(unpacked(data, bits, out)).tolist(), 1 << (bits - 1)
+    if found not in ([middle - 1], [middle]):
+        raise UnsupportedError(
+            "nothing says whether the zeros of a weight of GPTQ are stored less one",
+            tensor=zeros.key,
+            expected="a config.json or quantize_config.json beside the weights, with quant_method",
+            hint="Name the folder of the model, with its configuration, instead of a file in it",
+        )
+    return bool(found == [middle - 1])
 
 
 def _is_first_version(stated: Mapping[str, Any], key: str) -> bool:
