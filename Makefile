@@ -75,7 +75,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 docs: $(VENV)/.dev
-	$(BIN)/mkdocs build --quiet --strict --site-dir build/docs
+	$(BIN)/mkdocs build --strict --site-dir build/docs
 
 # MINUTES of mutations by number, and as many of those that coverage guides, where atheris installs.
 fuzz: $(VENV)/.dev

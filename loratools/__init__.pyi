@@ -132,7 +132,7 @@ def convert(
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     in_place: bool = False,
-    max_error: float | None = None,
+    max_error: float | str | None = None,
     revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ConvertResult: ...
@@ -188,7 +188,7 @@ def extract(
     exclude: str | None = None,
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
-    max_error: float | None = None,
+    max_error: float | str | None = None,
     revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ExtractResult: ...
@@ -254,7 +254,7 @@ def fleet_add(
     ignore_key: Sequence[str] = (),
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
-    max_error: float | None = None,
+    max_error: float | str | None = None,
     revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> FleetAddResult: ...
@@ -285,7 +285,7 @@ def fleet_share(
     ignore_key: Sequence[str] = (),
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
-    max_error: float | None = None,
+    max_error: float | str | None = None,
     revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> FleetShareResult: ...
@@ -464,7 +464,7 @@ def merge(
     ignore_key: Sequence[str] = (),
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
-    max_error: float | None = None,
+    max_error: float | str | None = None,
     revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeResult: ...
@@ -537,7 +537,7 @@ def repair(
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     in_place: bool = False,
-    max_error: float | None = None,
+    max_error: float | str | None = None,
     revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> RepairResult: ...
@@ -596,7 +596,7 @@ def squeeze(
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     in_place: bool = False,
-    max_error: float | None = None,
+    max_error: float | str | None = None,
     revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> SqueezeResult: ...
@@ -686,7 +686,7 @@ def to_lora(
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     in_place: bool = False,
-    max_error: float | None = None,
+    max_error: float | str | None = None,
     revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ToLoraResult: ...

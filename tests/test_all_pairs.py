@@ -199,6 +199,7 @@ def readers(world, path, writer):
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("title", FORMATS)
 def test_every_output_is_read_by_every_command(title, tmp_path):
     world, wrong = World(tmp_path, title), {}

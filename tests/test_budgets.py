@@ -21,7 +21,8 @@ from loratools.operations.squeeze import rank_choices, squeeze
 from loratools.operations.to_lora import to_lora
 from loratools_formats import get_format, read_adapter, write_adapter
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
-from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.tensors import in_memory
 from loratools_formats.disk.errors import OptionError
 

@@ -53,6 +53,7 @@ def cancelling(
     return b, rounded(np.vstack([d + smallness * e, d]), dtype)
 
 
+@pytest.mark.slow
 @example("float16", 0.01, 2, 1.0, 2)  # just beyond what Gram matrices can tell
 @settings(max_examples=60, deadline=None)
 @given(

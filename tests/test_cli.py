@@ -107,6 +107,7 @@ def test_json_report_has_the_documented_keys(make_folder, tmp_path):
     assert module["relative_error"] == pytest.approx((1 - module["energy"]) ** 0.5, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_without_a_rule_it_prints_the_choices_and_writes_nothing(make_folder, tmp_path):
     folder = make_folder()
     refused = loratools("squeeze", folder, "-o", tmp_path / "out")
@@ -135,6 +136,7 @@ def test_max_error_writes_nothing_and_exits_with_1(make_folder, tmp_path):
     assert loratools("squeeze", folder, "-o", out, "--rank", 8, "--max-error", 0).returncode == 0
 
 
+@pytest.mark.slow
 def test_dry_run_reports_the_same_and_writes_nothing(make_folder, tmp_path):
     folder = make_folder()
     dry = loratools("squeeze", folder, "--rank", 2, "--json", "--dry-run")
@@ -199,6 +201,7 @@ def test_traceback_is_shown_when_asked_for(tmp_path):
     assert "Traceback (most recent call last)" in full.stderr
 
 
+@pytest.mark.slow
 def test_existing_output_needs_overwrite(make_folder, tmp_path):
     folder, out = make_folder(), tmp_path / "out"
     assert loratools("squeeze", folder, "-o", out, "--rank", 2).returncode == 0
@@ -211,6 +214,7 @@ def test_existing_output_needs_overwrite(make_folder, tmp_path):
     assert (out / "adapter_model.safetensors").read_bytes() != before
 
 
+@pytest.mark.slow
 def test_an_input_is_replaced_only_in_place(make_folder, tmp_path):
     folder = make_folder()
     before = (folder / "adapter_model.safetensors").read_bytes()
@@ -272,6 +276,7 @@ def test_formats_lists_peft():
     assert "read+write" in loratools("formats").stdout
 
 
+@pytest.mark.slow
 def test_interrupt_exits_with_130(make_folder, tmp_path):
     modules = {f"layers.{i}.q": (2000, 2000, 64) for i in range(40)}
     folder = make_folder(modules=modules, r=64)

@@ -69,6 +69,7 @@ def test_without_a_rule_it_prints_the_choices_and_writes_nothing(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_equal_inputs_give_equal_bytes_whatever_the_threads(tmp_path):
     made = []
     for name, workers in (("one", "1"), ("two", "3")):
@@ -130,6 +131,7 @@ def test_what_is_wrong_gives_one_line(tmp_path, name):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_to_dora_and_extract_report_in_json(tmp_path):
     done = loratools("to-dora", LORA, "--base", BASE, "-o", tmp_path / "dora", "--json")
     report = json.loads(done.stdout)
@@ -152,6 +154,7 @@ def test_to_dora_and_extract_report_in_json(tmp_path):
     assert config["base_model_name_or_path"] == str(BASE)
 
 
+@pytest.mark.slow
 def test_folds_on_the_cpu_import_no_torch(tmp_path):
     heavy = {"torch", "scipy", "matplotlib", "huggingface_hub"}
     fold = ["to-lora", DORA, "--base", BASE, "-o", tmp_path / "one", "--rank", "4", "-q"]
@@ -190,6 +193,7 @@ def test_no_adapter_replaces_the_model_that_is_read(tmp_path, arguments):
     assert model.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_extract_writes_into_neither_model(tmp_path):
     tuned = tmp_path / "tuned"
     assert loratools("fuse", BASE, LORA, "-o", tuned, "--quiet").returncode == 0

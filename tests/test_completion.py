@@ -34,6 +34,7 @@ def completed(line, shell="bash"):
     return {re.split(r"[,\t]", one)[1] for one in done.stdout.splitlines() if "," in one}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
@@ -55,6 +56,34 @@ def completed(line, shell="bash"):
 )
 def test_values_are_offered(line, offered):
     assert completed(line) == offered
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "info ad",
+        "squeeze ad",
+        "merge ad",
+        "fuse base ad",
+        "verify fused base ad",
+        "verify fused --adapter ad",
+        "compare ad",
+        "fleet squeeze ad",
+        "fleet share ad",
+        "fleet index ad",
+    ],
+)
+def test_adapters_are_completed_as_paths(line):
+    words = ["loratools", *line.split()]
+    asked = {"COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
+    done = subprocess.run(
+        [sys.executable, "-m", "loratools"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "_LORATOOLS_COMPLETE": "bash_complete", **asked},
+        check=False,
+    )
+    assert done.stdout == "file,ad\n"
 
 
 def test_flags_are_offered():

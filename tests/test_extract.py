@@ -265,7 +265,7 @@ def test_a_rule_is_needed(tmp_path):
 
 REFUSED = {
     "nothing changed": ({}, {}, "nothing to extract"),
-    "only a norm": ({NORM: noise(24)}, {}, "needs a module"),
+    "only a norm": ({NORM: noise(24)}, {}, "needs at least one module"),
     "another shape": ({}, {UP: np.zeros((41, 24), "f4")}, "another shape"),
     "a stack": (
         {},

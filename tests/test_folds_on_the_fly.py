@@ -23,7 +23,7 @@ from loratools.operations.merge.options import MergeOptions
 from loratools.operations.squeeze import squeeze
 from loratools.operations.to_lora import to_lora
 from loratools_formats import read_adapter, write_adapter
-from loratools_formats.core.adapter import Missing
+from loratools_formats.core.change import Missing
 from loratools_formats.disk.errors import UnsupportedError
 
 GOLDEN = Path(__file__).parent / "golden" / "kinds"

@@ -171,3 +171,74 @@ def test_steps_over_several_tenths_are_one_line_and_none_comes_twice(capsys):
 def test_bytes_have_a_rate_of_bytes_and_nothing_is_divided_by_zero(capsys):
     assert told(capsys, [(4, 20_000_000)], 40_000_000, "B") == ["squeeze: 50 %, 5.0 MB/s, 4 s left"]
     assert told(capsys, [(0, 0), (2, 0), (3, 0)], 0) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("resize a", "Did you mean 'squeeze'"),
+        ("compress a", "Did you mean 'squeeze'"),
+        ("show a", "Did you mean 'info'"),
+        ("version", "Did you mean '--version'"),
+        ("help merge", "Did you mean 'merge --help'"),
+        ("help", "Did you mean '--help'"),
+        ("squeeze a -o b --rank 4 --force", "Did you mean '--overwrite'"),
+        ("squeeze a -o b --target-rank 4", "Did you mean '--rank'"),
+        ("squeeze a -o b --rank 4 --to kohya", "loratools convert ADAPTER -o NEW --to FORMAT"),
+        ("merge a shelf/one -o b --weights 0.5", "A weight follows its adapter: ADAPTER:0.5"),
+        ("fuse base a -o b --scale 0.5", "A weight follows its adapter: ADAPTER:0.5"),
+        ("to-lora a -o b --alpha 8", "Did you mean '--set alpha=VALUE'"),
+        ("quantize base -o b --bits 4", "Did you mean '--quant-type'"),
+        (
+            "fleet squeeze shelf -o b --rank 4",
+            "loratools fleet squeeze ADAPTERS -o RESULTS -- --rank 4",
+        ),
+        ("merge a=0.5 shelf/one -o b", "A weight follows a colon: a:0.5"),
+        ("squeeze a -o b --energy 90", "Did you mean 90%?"),
+        ("info shelf/on", r"Did you mean shelf/one\?"),
+        ("info https://civitai.com/models/1", "is an address.*Download the file"),
+        ("convert a -o b --to gguv", "Did you mean 'gguf'"),
+        ("convert a -o b --to foo", "Known formats: comfyui, diffusers"),
+    ],
+)
+def test_other_names_lead_to_ours(room, line, message):
+    code, told = typed(line)
+    assert code == 2
+    assert re.search(message, told), told
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("squeeze a -o b --rank 8 --max-error 1%", "above --max-error 0.01; nothing was written"),
+        ("squeeze a -o b --rank 8 --max-error 90%", "wrote b"),
+        ("merge a shelf/one -o b --method TIES --set density=50%", "wrote b"),
+        ("merge a shelf/one -o b --method dare-ties --set density=0.5", "wrote b"),
+    ],
+)
+def test_shares_and_names_are_read_as_they_are_written(room, line, told):
+    assert told in typed(line)[1]
+
+
+def test_a_table_names_the_components_of_a_file_without_dotted_paths(room):
+    files = ("one.safetensors", "two.safetensors")
+    for name in files:
+        pairs = {"lora_down": (4, 8), "lora_up": (8, 4)}
+        save_file(
+            {
+                f"{prefix}_x_to_q.{part}.weight": np.ones(shape, "f4")
+                for prefix in ("lora_unet", "lora_te")
+                for part, shape in pairs.items()
+            },
+            name,
+        )
+    assert "te, unet" in typed(f"info {' '.join(files)}")[1]
+
+
+def test_info_tells_how_an_output_was_made(room):
+    assert typed("squeeze a -o b --rank 4 -q")[0] == 0
+    told = typed("info b")[1]
+    assert re.search(r"made by +loratools \S+ squeeze device=cpu method=exact rank=4\n", told), told
+    history = re.search(r"history +loratools (provenance b)\n", told)
+    assert history is not None
+    assert "squeeze" in typed(history[1])[1]

@@ -59,6 +59,7 @@ def model(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_info_shows_a_gguf_adapter(files):
     shown = json.loads(succeeded("info", files / "lora.gguf", "--json"))
     assert (shown["format"], shown["base_model"]) == ("gguf", "loratools/tiny-llama")
@@ -66,6 +67,7 @@ def test_info_shows_a_gguf_adapter(files):
     assert shown["modules"][0]["name"] == "blk.0.attn_k"
 
 
+@pytest.mark.slow
 def test_squeeze_gives_a_gguf_adapter_of_the_same_error(files, tmp_path):
     for source, out in ((files / "lora.gguf", "a.gguf"), (EXAMPLES / "lora", "a")):
         succeeded("squeeze", source, "-o", tmp_path / out, "--rank", 8)
@@ -78,6 +80,7 @@ def test_squeeze_gives_a_gguf_adapter_of_the_same_error(files, tmp_path):
     assert {d.rank for d in read_adapter(tmp_path / "a.gguf").modules.values()} == {8}
 
 
+@pytest.mark.slow
 def test_merge_writes_its_recipe_beside_the_file_and_can_repeat_it(files, tmp_path):
     for name in ("lora.gguf", "rslora.gguf"):
         shutil.copy(files / name, tmp_path / name)
@@ -88,6 +91,7 @@ def test_merge_writes_its_recipe_beside_the_file_and_can_repeat_it(files, tmp_pa
     assert (tmp_path / "both.gguf").read_bytes() == (tmp_path / "again.gguf").read_bytes()
 
 
+@pytest.mark.slow
 def test_fuse_reports_and_names_what_it_writes(model, files, tmp_path):
     preview = json.loads(
         succeeded("fuse", model, files / "lora.gguf", "--dry-run", "--json", "--outtype", "q8_0")

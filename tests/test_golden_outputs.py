@@ -109,7 +109,9 @@ KEEPING_BITS = {
 
 
 # The toy has names of FLUX.1 on matrices of proportions that FLUX.1 has nowhere.
-REFUSED_NOW = {"kohya.safetensors": "has not the proportions that it has in the table of FLUX.1"}
+REFUSED_NOW = {
+    "kohya.safetensors": "does not have the proportions that it has in the table of FLUX.1"
+}
 
 
 @pytest.mark.parametrize(("version", "name"), COMMANDS)

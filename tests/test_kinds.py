@@ -19,7 +19,8 @@ from loratools.operations.squeeze import squeeze
 from loratools.operations.to_lora import to_lora
 from loratools_formats import read_adapter, write_adapter
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
-from loratools_formats.core.adapter import Adapter, KindDelta, Layer, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import KindDelta, Layer, ModuleChange
 from loratools_formats.core.tensors import in_memory
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 

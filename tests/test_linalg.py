@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loratools.algebra import linalg
+from loratools.algebra import linalg, residuals
 
 
 def factors(seed, out, in_, rank, decay=1.0, dtype=np.float32):
@@ -97,6 +97,7 @@ def test_all_zero_factors():
     assert not found.a.any()
 
 
+@pytest.mark.slow
 def test_rsvd_with_enough_directions_is_the_exact_svd():
     b, a = factors(5, 60, 50, 12, decay=0.9)
     want, _ = truncated(dense(b, a, 0.5), 6)
@@ -104,6 +105,7 @@ def test_rsvd_with_enough_directions_is_the_exact_svd():
     assert relative(dense(found.b, found.a), want) < 1e-10
 
 
+@pytest.mark.slow
 def test_rsvd_is_near_the_optimum_and_better_with_power_iterations():
     b, a = factors(6, 300, 200, 64, decay=0.98)
     delta = dense(b, a)
@@ -152,7 +154,7 @@ def test_residual_norm_of_any_size(size):
     b, a = factors(11, 40, 50, 6)
     new_b, new_a = b.astype(np.float64), a.astype(np.float64)
     new_b = new_b + size * np.random.default_rng(0).standard_normal(b.shape)
-    error, norm = linalg.residual_norm(b, a, 1.0, linalg.grams(b, a), new_b, new_a)
+    error, norm = residuals.residual_norm(b, a, 1.0, linalg.grams(b, a), new_b, new_a)
     want = np.linalg.norm(dense(b, a) - new_b @ new_a)
     assert error == pytest.approx(want, rel=1e-6)
     assert norm == pytest.approx(np.linalg.norm(dense(b, a)), rel=1e-12)
@@ -179,7 +181,7 @@ def test_torch_tensors_take_the_same_path():
         np.testing.assert_allclose(theirs.b.numpy(), ours.b, atol=1e-9)
         np.testing.assert_allclose(theirs.a.numpy(), ours.a, atol=1e-9)
     new = linalg.qr_factors(tb, ta, 1.5, 3)
-    error, _ = linalg.residual_norm(tb, ta, 1.5, linalg.grams(tb, ta), new.b, new.a)
+    error, _ = residuals.residual_norm(tb, ta, 1.5, linalg.grams(tb, ta), new.b, new.a)
     s = np.linalg.svd(dense(b, a, 1.5), compute_uv=False)
     assert error == pytest.approx(np.sqrt(np.sum(s[3:] ** 2)), rel=1e-9)
 

@@ -45,6 +45,7 @@ def test_a_failure_stops_unless_told_to_go_on(shelf):
     assert not (shelf / "out" / "broken").exists()
 
 
+@pytest.mark.slow
 def test_results_that_exist_are_left_out_if_told_so(shelf):
     arguments = ("squeeze", "one", "two", "--rank", "4", "--out-dir", "out")
     assert loratools(*arguments, cwd=shelf).returncode == 0
@@ -58,6 +59,7 @@ def test_results_that_exist_are_left_out_if_told_so(shelf):
     assert times == [path.stat().st_mtime_ns for path in sorted((shelf / "out").rglob("*"))]
 
 
+@pytest.mark.slow
 def test_wildcards_folders_and_equal_names(shelf):
     shutil.copytree(shelf / "one", shelf / "runs" / "a" / "lora")
     shutil.copytree(shelf / "one", shelf / "runs" / "b" / "lora")
@@ -100,6 +102,7 @@ def test_info_of_a_folder_is_a_table(shelf):
     assert all(found["format"] == "peft" for found in objects)
 
 
+@pytest.mark.slow
 def test_folders_above_an_output_are_made_and_go_again_if_it_fails(shelf):
     failed = loratools(
         "squeeze", "one", "-o", "a/b/c", "--rank", "2", "--max-error", "0.1", cwd=shelf

@@ -181,6 +181,7 @@ def test_an_adapter_and_its_negative_cancel(data, one_type, other_type, rank, as
             assert left <= 1e-7 * norm(truth)
 
 
+@pytest.mark.slow
 @EXAMPLES
 @given(st.data(), TYPE, TYPE, st.sampled_from([1e-30, 1e-3, 1.0, 1e30, 0.0, -8.0, -3.0]))
 def test_convert_writes_what_it_reads_or_refuses(data, given_type, dtype, alpha):
@@ -217,6 +218,7 @@ def test_alpha_of_a_kohya_file(alpha, dtype, tmp_path):
     assert_distance({name: truth}, {name: change}, made.relative_error)
 
 
+@pytest.mark.slow
 @EXAMPLES
 @given(
     st.sampled_from(sorted(TYPES)), TYPE, st.integers(-9, 4), st.integers(-6, 4),
@@ -283,6 +285,7 @@ def test_extract_writes_what_it_reports_or_refuses(
             assert_as_reported({name: after - before}, here / "out", made.relative_error)
 
 
+@pytest.mark.slow
 @EXAMPLES
 @given(
     TYPE, TYPE, st.sampled_from([None, *TYPES]), st.integers(-20, 20), st.integers(-20, 20),

@@ -57,6 +57,7 @@ def child(code, folder):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_every_module_imports_without_posix_modules(tmp_path):
     child(WITHOUT + REMOVE + IMPORT_ALL, tmp_path)
 

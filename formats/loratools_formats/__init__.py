@@ -14,14 +14,8 @@ from loratools_formats.contract.registry import (
     get_format,
     registered_formats,
 )
-from loratools_formats.core.adapter import (
-    Adapter,
-    KindDelta,
-    Layer,
-    LowRank,
-    ModuleChange,
-    Replacement,
-)
+from loratools_formats.core.adapter import Adapter, Replacement
+from loratools_formats.core.change import KindDelta, Layer, LowRank, ModuleChange
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import LoratoolsError

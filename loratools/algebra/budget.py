@@ -109,7 +109,8 @@ def _refuse_lower(spectra: Sequence[Spectrum], rule: RankRule, rank: int) -> Non
         asked = rule.override(spectrum.path)
         if asked is not None and rule.served(min(asked, spectrum.rank)) < rank:
             raise OptionError(
-                "modules that the file needs of one rank cannot have ranks of their own",
+                "the file needs one rank for these modules, and a pattern gives some of them "
+                "another",
                 got=f"rank {asked} for {spectrum.name}, and {rank} for others",
                 hint="Let the pattern match all of them, or none",
             )

@@ -102,9 +102,9 @@ def _root(square: Array) -> Array:
     values, vectors = np.linalg.eigh(square)
     if values[0] < _LEAST * max(values[-1], 0.0) or not math.isfinite(values[-1]):
         raise AdapterError(
-            "second moments of the inputs have negative eigenvalues",
+            "the second moments of the inputs have negative eigenvalues",
             got=f"{values[0]:.3g}",
-            expected="those of X·Xᵀ, none of which is",
+            expected="the eigenvalues of X·Xᵀ, none of which is negative",
         )
     root: Array = vectors * np.sqrt(np.maximum(values, 0.0))
     return root

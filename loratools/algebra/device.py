@@ -1,4 +1,4 @@
-"""Where the arithmetic runs: NumPy on the CPU, torch on an accelerator.
+"""Where the arithmetic runs: NumPy on the CPU, or torch on an accelerator.
 
 The CPU engine never imports torch: importing it takes longer than squeezing a 7B adapter.
 """

@@ -30,7 +30,6 @@ _BLOCK_ELEMENTS = 1 << 17
 _SINGLE_ROWS = 4096
 _ROWS_AT_ONCE = 16
 _BALANCED = 8.0  # powers of two between the sizes of columns and rows that Gram matrices bear
-_GRAM_ERROR_FLOOR = 700.0  # times √ε: 1e-5 in float64
 
 
 def namespace(x: Array) -> Any:
@@ -42,14 +41,15 @@ def namespace(x: Array) -> Any:
     return array_api_compat.array_namespace(x)
 
 
-def _wide(x: Array) -> Any:
+def wide(x: Array) -> Any:
     """Return the type to compute in: float64 where the array's device has it."""
     xp = namespace(x)
     return xp.float32 if str(getattr(x, "device", "")).startswith("mps") else xp.float64
 
 
-def _widened(x: Array) -> Array:
-    return namespace(x).astype(x, _wide(x), copy=False)
+def widened(x: Array) -> Array:
+    """Return the array in the type to compute in, itself if it has that."""
+    return namespace(x).astype(x, wide(x), copy=False)
 
 
 def gram(x: Array, y: Array | None = None) -> Array:
@@ -65,8 +65,8 @@ def gram(x: Array, y: Array | None = None) -> Array:
     total = None
     height = max(_BLOCK_ROWS, _BLOCK_ELEMENTS // max(x.shape[1], 1))
     for start in range(0, x.shape[0], height):
-        left = _widened(x[start : start + height, :])
-        right = left if y is None else _widened(y[start : start + height, :])
+        left = widened(x[start : start + height, :])
+        right = left if y is None else widened(y[start : start + height, :])
         part = left.T @ right
         total = part if total is None else total + part
     return total
@@ -272,8 +272,8 @@ def gram_factors(b: Array, a: Array, core: GramCore, rank: int) -> Factors:
     """Return the best factors of a rank, from a core already computed for the same b and a."""
     xp = namespace(b)
     to_b, to_a = core.to_b[:, :rank], core.to_a[:rank, :]
-    new_b = xp.concat([_widened(b[span, :]) @ to_b for span in _spans(b)], axis=0)
-    new_a = xp.concat([to_a @ _widened(a[:, span]) for span in _spans(a.T)], axis=1)
+    new_b = xp.concat([widened(b[span, :]) @ to_b for span in _spans(b)], axis=0)
+    new_a = xp.concat([to_a @ widened(a[:, span]) for span in _spans(a.T)], axis=1)
     return _sign_fixed(new_b, new_a, core.singular_values[:rank])
 
 
@@ -281,7 +281,7 @@ def _spans(x: Array) -> list[slice]:
     """Return blocks of rows that fit into the cache when they are widened; all of what is wide."""
     rows, columns = x.shape
     height = max(_BLOCK_ROWS, _BLOCK_ELEMENTS // max(columns, 1))
-    if x.dtype == _wide(x):
+    if x.dtype == wide(x):
         height = max(rows, 1)
     return [slice(start, start + height) for start in range(0, max(rows, 1), height)]
 
@@ -289,8 +289,8 @@ def _spans(x: Array) -> list[slice]:
 def qr_factors(b: Array, a: Array, scale: float, rank: int) -> Factors:
     """Return the best factors of a rank by thin QR of both factors and an SVD of their core."""
     xp = namespace(b)
-    q_b, r_b = xp.linalg.qr(_widened(b))
-    q_a, r_a = xp.linalg.qr(_widened(a.T))
+    q_b, r_b = xp.linalg.qr(widened(b))
+    q_a, r_a = xp.linalg.qr(widened(a.T))
     u, s, vt = xp.linalg.svd(scale * (r_b @ r_a.T), full_matrices=False)
     u, s, vt = u[:, :rank], s[:rank], vt[:rank, :]
     root = xp.sqrt(s)
@@ -304,16 +304,16 @@ def concatenate(terms: list[tuple[float, Array, Array]]) -> tuple[Array, Array]:
         terms: (scale, b (out, rᵢ), a (rᵢ, in)) each.
     """
     xp = namespace(terms[0][1])
-    b = xp.concat([scale * _widened(b) for scale, b, _ in terms], axis=1)
-    a = xp.concat([_widened(a) for _, _, a in terms], axis=0)
+    b = xp.concat([scale * widened(b) for scale, b, _ in terms], axis=1)
+    a = xp.concat([widened(a) for _, _, a in terms], axis=0)
     return b, a
 
 
 def singular_values(b: Array, a: Array, scale: float) -> Array:
     """Return the min(r, out, in) singular values of scale · b @ a by thin QR, descending."""
     xp = namespace(b)
-    _, r_b = xp.linalg.qr(_widened(b))
-    _, r_a = xp.linalg.qr(_widened(a.T))
+    _, r_b = xp.linalg.qr(widened(b))
+    _, r_a = xp.linalg.qr(widened(a.T))
     return abs(scale) * xp.linalg.svdvals(r_b @ r_a.T)
 
 
@@ -341,10 +341,10 @@ def rsvd_factors(
         seed: of the random start; the same on every device.
     """
     xp = namespace(b)
-    b, a = scale * _widened(b), _widened(a)
+    b, a = scale * widened(b), widened(a)
     width = min(rank + oversample, b.shape[0], a.shape[1])
     start = np.random.default_rng(seed).standard_normal((a.shape[1], width))
-    probe = xp.astype(xp.asarray(start, device=a.device), _wide(a))
+    probe = xp.astype(xp.asarray(start, device=a.device), wide(a))
     q, _ = xp.linalg.qr(b @ (a @ probe))
     for _ in range(power_iterations):
         q, _ = xp.linalg.qr(a.T @ (b.T @ q))
@@ -356,59 +356,11 @@ def rsvd_factors(
     return _sign_fixed(q @ (u * root), root[:, None] * vt, s)
 
 
-def residual_norm(
-    b: Array, a: Array, scale: float, both: Grams, new_b: Array, new_a: Array
-) -> tuple[float, float]:
-    """Return (‖Δ − Δ'‖, ‖Δ‖) for Δ = scale · b @ a, Δ' = new_b @ new_a.
-
-    From Gram matrices; where the difference is so small that their cancellation shows, by QR of
-    the stacked factors instead.
-
-    Args:
-        b: (out, r).
-        a: (r, in).
-        scale: of the first product.
-        both: Gram matrices of b and a.
-        new_b: (out, k).
-        new_a: (k, in).
-    """
-    squared = scale * scale * both.squared_norm
-    new_squared = grams(new_b, new_a).squared_norm
-    difference = squared + new_squared - 2.0 * scale * inner(b, a, new_b, new_a)
-    norm = math.sqrt(squared)
-    xp = namespace(b)
-    floor = _GRAM_ERROR_FLOOR * math.sqrt(float(xp.finfo(both.b.dtype).eps))
-    if difference <= (floor * norm) ** 2:
-        return difference_norm(b, a, scale, new_b, new_a), norm
-    return math.sqrt(difference), norm
-
-
-def difference_norm(b: Array, a: Array, scale: float, new_b: Array, new_a: Array) -> float:
-    """Return ‖scale · b @ a − new_b @ new_a‖_F by QR of the stacked factors."""
-    xp = namespace(b)
-    stacked_b, stacked_a = concatenate([(scale, b, a), (-1.0, new_b, new_a)])
-    _, r_b = xp.linalg.qr(stacked_b)
-    _, r_a = xp.linalg.qr(stacked_a.T)
-    return float(xp.sqrt(xp.sum((r_b @ r_a.T) ** 2)))
-
-
-def qr_floor(b: Array, a: Array, terms: float) -> float:
-    """Return what rounding leaves of ‖b @ a − b @ a‖_F by QR, roundings as far apart as at random.
-
-    Args:
-        b: (out, r).
-        a: (r, in).
-        terms: Σ‖bᵢ‖²‖aᵢ‖².
-    """
-    eps = float(namespace(b).finfo(_wide(b)).eps)
-    return 4.0 * eps * math.sqrt((sum(b.shape) + sum(a.shape)) * terms)
-
-
 def squared_sizes(b: Array, a: Array) -> float:
     """Return Σ‖bᵢ‖²‖aᵢ‖² over columns of b and rows of a."""
     xp = namespace(b)
-    of_b = xp.sum(_widened(b) ** 2, axis=0)
-    return float(xp.sum(of_b * xp.sum(_widened(a) ** 2, axis=1)))
+    of_b = xp.sum(widened(b) ** 2, axis=0)
+    return float(xp.sum(of_b * xp.sum(widened(a) ** 2, axis=1)))
 
 
 def multiplied_out(b: Array, a: Array) -> tuple[Array, Array]:
@@ -417,7 +369,7 @@ def multiplied_out(b: Array, a: Array) -> tuple[Array, Array]:
     The pair is b @ a and an identity, on the side that is smaller.
     """
     xp = namespace(b)
-    product = _widened(b) @ _widened(a)
+    product = widened(b) @ widened(a)
     out, in_ = product.shape
     one = xp.eye(min(out, in_), dtype=product.dtype, device=product.device)
     return (one, product) if out <= in_ else (product, one)

@@ -1,4 +1,4 @@
-"""The median. `np.median` gives the same, but imports `numpy.ma`, which takes 50 ms once."""
+"""The median. `np.median` gives the same result, but imports `numpy.ma`, which takes 50 ms once."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from loratools.algebra import cancelling, linalg
+from loratools.algebra import cancelling, linalg, residuals
 from loratools.algebra.device import Device, to_numpy
 from loratools.algebra.once import once
 from loratools_formats.core.dtypes import Array
@@ -162,9 +162,11 @@ class Matrix:
             return self._bounded_error(b, a) ** 2
         new_b, new_a = self._device.put(b), self._device.put(a)
         if self._cancels:
-            error = linalg.difference_norm(self._b, self._a, self._scale, new_b, new_a)
-            return (error + abs(self._scale) * linalg.qr_floor(self._b, self._a, self._terms)) ** 2
-        error, _ = linalg.residual_norm(self._b, self._a, self._scale, self._grams, new_b, new_a)
+            error = residuals.difference_norm(self._b, self._a, self._scale, new_b, new_a)
+            return (
+                error + abs(self._scale) * residuals.qr_floor(self._b, self._a, self._terms)
+            ) ** 2
+        error, _ = residuals.residual_norm(self._b, self._a, self._scale, self._grams, new_b, new_a)
         return error**2
 
     def _bounded_error(self, b: Array, a: Array) -> float:

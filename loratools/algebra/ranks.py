@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     Values = NDArray[np.float64]
 
+_PER_CENT = 100
 SERVE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values vLLM accepts as max_lora_rank (vllm/config/lora.py, 2026)."""
 
@@ -131,13 +132,14 @@ class RankRule:
         sv_fro: keep this share of ‖ΔW‖_F per module.
         sv_cumulative: keep this share of the sum of singular values per module.
         threshold: keep singular values above the Gavish–Donoho threshold.
-        budget: spread a size for the whole weight file, such as 25% or 12MB.
+        budget: choose ranks with the least error for a size of the whole weight file, such as 25%
+            or 12MB.
         max_rank: no rank above this.
-        min_rank: no rank below this, as far as the module has it.
+        min_rank: no rank below this, unless the module has less.
         patterns: rank of modules whose path matches; the first match decides.
         uniform: give all modules the largest rank chosen.
-        serve: use only ranks that vLLM accepts, rounding up; down where `budget` or `max_rank`
-            binds.
+        serve: use only ranks that vLLM accepts: rounded up, or down where `budget` or `max_rank`
+            requires it.
 
     Raises:
         OptionError: several rules at once, or a value out of range.
@@ -166,7 +168,12 @@ class RankRule:
         for name in ("energy", "sv_fro", "sv_cumulative"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
-                raise OptionError(f"{name} is a share", got=value, expected="above 0, at most 1")
+                raise OptionError(
+                    f"{name} is a share",
+                    got=value,
+                    expected="above 0, at most 1",
+                    hint=f"Did you mean {value:g}%?" if 1 < value <= _PER_CENT else None,
+                )
         if self.sv_ratio is not None and not self.sv_ratio >= 1:
             raise OptionError("sv_ratio is σ₁/σ_k", got=self.sv_ratio, expected="at least 1")
         ranks = [("rank", self.rank), ("max_rank", self.max_rank), ("min_rank", self.min_rank)]

@@ -38,8 +38,8 @@ class IntruderOptions:
     Attributes:
         count: leading singular vectors of W + ΔW to examine for intruder dimensions; 0 for none.
         epsilon: a vector intrudes if its |cos| with each singular vector of W is below this.
-        exact: decompose base weights of any size, which is slow; else those above 1024 on a side
-            are judged by bounds.
+        exact: decompose base weights of any size, which is slow; by default, bounds decide for
+            weights of more than 1024 rows or columns.
         cache: keep decompositions of base weights in this folder, by a digest of their values.
 
     Raises:

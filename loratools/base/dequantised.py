@@ -25,6 +25,7 @@ from loratools_formats.checkpoints.comfyui import marks_of_comfyui
 from loratools_formats.checkpoints.eight_bit_floats import FP8_TYPES, activation_scales
 from loratools_formats.checkpoints.quantization import (
     format_found,
+    is_lone_part,
     is_part,
     parts_beside,
     refuse_rotated,
@@ -42,6 +43,7 @@ _VARIANTS = {
     "compressed-tensors": ("format", (
         "dense", "float-quantized", "naive-quantized", "mxfp8-quantized", "int-quantized",
         "pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mixed-precision",
+        "nvfp4-e5m3-pack-quantized",
     )),
     "awq": ("version", ("gemm", "gemv")),
 }  # fmt: skip
@@ -91,9 +93,14 @@ def dequantised(base: Checkpoint) -> DequantisedCheckpoint:
     parts = {part.key for weight in weights.values() for part in weight.parts}
     of_running: set[str] = set()
     if weights:
-        of_running = {*activation_scales(base.tensors), *marks_of_comfyui(base.tensors, weights)}
+        of_running = {
+            *activation_scales(base.tensors, weights),
+            *marks_of_comfyui(base.tensors, weights),
+        }
     _check_left_over(base, parts | of_running, stated)
     _check_beside(base, parts | of_running, weights)
+    if weights or stated:
+        _check_lone(base, parts | of_running)
     if not weights:
         return DequantisedCheckpoint(base, {}, {}, ())
     computed = {weight.parts[0].key: key for key, weight in weights.items()}
@@ -144,6 +151,20 @@ def in_16_bits(base: DequantisedCheckpoint) -> Checkpoint:
         key: base.weights[key].tensor(base.stored[key]) if key in base.stored else tensor
         for key, tensor in base.checkpoint.tensors.items()
     }
+    return replace(base.checkpoint, tensors=tensors)
+
+
+def rounded_as(base: DequantisedCheckpoint, other: DequantisedCheckpoint) -> Checkpoint:
+    """Return a checkpoint whose weights are rounded as another one stores them in 16 bits.
+
+    What `fuse` and `dequantize` wrote of a weight that nothing changed is then equal, not near.
+    """
+    tensors = dict(base.checkpoint.tensors)
+    for key, weight in base.weights.items():
+        there = other.checkpoint.tensors.get(key)
+        is_plain = there is not None and key not in other.weights
+        if there is not None and is_plain and there.dtype.floating and there.dtype.bits == 16:
+            tensors[key] = weight.tensor(there.dtype)
     return replace(base.checkpoint, tensors=tensors)
 
 
@@ -208,37 +229,85 @@ def _check_left_over(base: Checkpoint, known: Collection[str], stated: Mapping[s
     Raises:
         UnsupportedError: there are some, such as experts of an unknown format beside known layers.
     """
+    is_quantised = bool(known or stated)
     for key, tensor in base.tensors.items():
         if key in known:
             continue
         is_weight = key.endswith(".weight") and tensor.dtype.code in _INTEGERS
-        beside = is_weight and (known or stated) and parts_beside(key, base.tensors)
-        lone = is_weight and stated and len(tensor.shape) > 1
+        beside = is_weight and is_quantised and parts_beside(key, base.tensors)
+        lone = is_weight and is_quantised and len(tensor.shape) > 1
         coded = tensor.dtype.code in FP8_TYPES and stated
         if beside or lone or coded or is_part(key):
             raise _not_readable(base, key, stated)
 
 
-def _check_beside(base: Checkpoint, known: Collection[str], weights: Collection[str]) -> None:
+def _check_beside(
+    base: Checkpoint, known: Collection[str], weights: Mapping[str, CodedWeight]
+) -> None:
     """Refuse tensors that may change what a quantised weight means, or what it is multiplied with.
 
     A linear layer has a weight and a bias. Whatever else is stored in one, such as scales of its
-    inputs or an order of its columns, belongs to a format that is not known. AutoAWQ stores scales
-    of the activations before a layer under the name of the activation.
+    inputs or an order of its columns, belongs to a format that is not known; so does what is named
+    after a weight, as after a stack of experts. AutoAWQ stores scales of the activations before a
+    layer under the name of the activation.
 
     Raises:
         UnsupportedError: there are some.
     """
-    for key in base.tensors if weights else ():
-        module, _, leaf = key.rpartition(".")
-        is_own = f"{module}.weight" in weights and leaf != "weight" and "bias" not in leaf
-        if key not in known and (is_own or leaf == "scales"):
+    for key, tensor in base.tensors.items() if weights else ():
+        if key in known or key in weights:
+            continue
+        weight, rest = _named_after(key, weights)
+        is_own = weight is not None and not _is_bias(rest, tensor, weight)
+        if is_own or key.endswith(".scales"):
             raise UnsupportedError(
                 "a tensor beside quantised weights may change what they mean",
                 path=base.path,
                 tensor=key,
                 hint="Start from the original checkpoint",
             )
+
+
+def _check_lone(base: Checkpoint, known: Collection[str]) -> None:
+    """Refuse what is named as a part of a quantised weight, and belongs to none that was found.
+
+    Raises:
+        UnsupportedError: there is some; a part is missing, or has another type than it should.
+    """
+    for key, tensor in base.tensors.items():
+        is_integer = tensor.dtype.code in _INTEGERS
+        is_power = tensor.dtype.code == "F8_E8M0"
+        if key not in known and (is_power or is_lone_part(key, is_integer=is_integer)):
+            raise UnsupportedError(
+                "a part of a quantised weight of which other parts are missing or wrong",
+                path=base.path,
+                tensor=key,
+                got=f"{tensor.dtype.code} {list(tensor.shape)}",
+                hint="Start from the original checkpoint",
+            )
+
+
+def _named_after(key: str, weights: Mapping[str, CodedWeight]) -> tuple[CodedWeight | None, str]:
+    """Return the weight that a tensor is in one module with or named after, and the name's rest."""
+    module, _, leaf = key.rpartition(".")
+    own = weights.get(f"{module}.weight")
+    if own is not None:
+        return own, leaf
+    for at, letter in enumerate(key):
+        if letter in "._" and key[:at] in weights:
+            return weights[key[:at]], key[at + 1 :]
+    return None, ""
+
+
+def _is_bias(name: str, tensor: TensorRef, weight: CodedWeight) -> bool:
+    """Return whether a tensor is added to what a layer computes."""
+    if name == "bias":
+        return True
+    is_like_one = name.endswith("_bias") and not name.startswith("weight") and "scale" not in name
+    out, in_ = weight.shape[-2:-1], weight.shape[-1:]
+    of_stack = (*weight.shape[:-2], weight.shape[-1])
+    outputs = (out,) if weight.key.endswith(".weight") else (out, in_, of_stack)
+    return is_like_one and tensor.dtype.floating and tensor.shape in outputs
 
 
 def _not_readable(base: Checkpoint, key: str | None, stated: Mapping[str, Any]) -> UnsupportedError:

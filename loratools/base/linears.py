@@ -46,9 +46,9 @@ _OWN_CLASSES = {
 
 @dataclass(frozen=True)
 class Kept:
-    """A two-dimensional weight that is not quantised, and why."""
+    """A module whose two-dimensional weight is not quantised, and why."""
 
-    module: str
+    name: str
     reason: str
 
 
@@ -70,7 +70,7 @@ class Linears:
 
     def listed(self) -> list[str]:
         """Return the modules for `llm_int8_skip_modules`, experts of one layer as one."""
-        names = {_shortened(kept.module) for kept in self.kept}
+        names = {_shortened(kept.name) for kept in self.kept}
         return sorted(names | self.heads)
 
 
@@ -166,7 +166,7 @@ def _keep_what_is_listed(
     weights: dict[str, TensorRef], kept: list[Kept], heads: frozenset[str]
 ) -> None:
     """Also keep modules whose path starts or ends with a listed name: loaders skip them."""
-    names = heads | {_shortened(k.module) for k in kept}
+    names = heads | {_shortened(k.name) for k in kept}
     while True:
         modules = {key: key.removesuffix(_WEIGHT) for key in weights}
         found = {key: module for key, module in modules.items() if is_listed(module, names)}

@@ -37,8 +37,8 @@ def about_base(adapters: Iterable[Adapter], base: Checkpoint | Path | None) -> t
             "other-base",
             "note",
             None,
-            f"the adapter names {printable(name)} as its base model, and not "
-            f"{printable(_shown(path))}; that shapes fit does not show that they are one",
+            f"the adapter names {printable(name)} as its base model, and the base given is "
+            f"{printable(_shown(path))}; fitting shapes do not show that they are the same",
         )
         for name in named
         if not any(f"{key}-".startswith(f"{_key(name)}-") for key in own)

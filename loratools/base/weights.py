@@ -20,7 +20,8 @@ from loratools.base.placement.orient import cut_is_transposed, whole_is_transpos
 from loratools.base.placement.sites import Site, sites
 from loratools.base.tied import find_tie
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.core.adapter import Adapter, KindDelta, Layer, LowRank
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import KindDelta, Layer, LowRank
 from loratools_formats.core.dtypes import Array
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError

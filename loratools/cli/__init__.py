@@ -41,7 +41,7 @@ _COMMANDS = {
 }
 
 _SUMMARIES = {
-    "check": "Check adapters: what does nothing, what programs refuse, what is missing.",
+    "check": "Check adapters for parts that do nothing, that programs refuse, or that are missing.",
     "compare": "Compare adapters: angles, shared spaces, signs, families; or two bases.",
     "convert": "Convert an adapter to another format, and check what was written.",
     "dequantize": "Turn a checkpoint's quantised weights back into 16 or 32 bits.",
@@ -57,10 +57,10 @@ _SUMMARIES = {
     "push": "Publish an adapter or a model on the Hub, checked, with a card, in one commit.",
     "quantize": "Quantise a checkpoint to four bits, byte for byte as bitsandbytes does.",
     "repair": "Shrink an adapter's intruder dimensions, drop dead modules, balance factors.",
-    "replay": "Do again what made an output, and compare the bytes.",
+    "replay": "Repeat the call that made an output, and compare the bytes.",
     "rule": "Explain a rule of `check`.",
-    "run": "Run a recipe: operations one after another, resumed where it was stopped.",
-    "spectrum": "Measure what is in an adapter: spectra, ranks, strength, what stands out.",
+    "run": "Run a recipe: operations one after another, resumed where a run stopped.",
+    "spectrum": "Measure what is in an adapter: spectra, ranks, strength, and what stands out.",
     "verify": "Check whether a checkpoint is a base with adapters fused in.",
     "squeeze": "Compress an adapter's ranks with the smallest possible error.",
     "to-dora": "Turn a LoRA into a DoRA that makes the same change.",

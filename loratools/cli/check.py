@@ -62,10 +62,10 @@ def command(
     presenting: Presenting,
     reporting: Reporting,
 ) -> int:
-    """Check adapters: what does nothing, what programs refuse, what is missing.
+    """Check adapters for parts that do nothing, that programs refuse, or that are missing.
 
     A folder that is no adapter stands for all adapters below it. Exits with 0 if nothing was found,
-    with 1 if something was, and with 3 if an adapter could not be looked at.
+    with 1 if something was found, and with 3 if an adapter could not be checked.
 
     \b
     loratools check my-adapter --target vllm --base model

@@ -11,6 +11,7 @@ import click
 
 from loratools.cli.failure import remember
 from loratools.cli.options import DeclaredOption
+from loratools.cli.other_names import other_option
 from loratools.cli.references import weighted_path
 from loratools.cli.wording import FLAGS, read_on, worded
 from loratools.hub.client import SHOW_PROGRESS
@@ -55,6 +56,17 @@ class Command(click.Command):
             FLAGS["revision"] = _REVISION.flag
             help_text, flag = _REVISION.help, _REVISION.flag
             self.params.append(DeclaredOption(_REVISION, ["revision", flag], help=help_text))
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments; for an unknown option, suggest the one that fits best."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            known = [flag for one in self.params for flag in one.opts]
+            told = other_option(error.option_name, str(self.name), known)
+            if told is None:
+                raise
+            raise click.UsageError(f"No such option '{error.option_name}'. {told}", ctx) from error
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command, with the revision put to its reference."""

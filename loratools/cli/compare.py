@@ -64,8 +64,8 @@ def command(
 ) -> None:
     """Compare adapters: angles, shared spaces, signs, families; or two bases.
 
-    Two adapters are compared module by module, more of them as a matrix. With --bases, one adapter
-    and two base models: how far these differ where the adapter acts.
+    Two adapters are compared module by module, and more adapters in a matrix. With --bases, two
+    base models are compared where one adapter acts.
 
     \b
     loratools compare one other

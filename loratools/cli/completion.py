@@ -1,4 +1,4 @@
-"""What a shell completes after an option whose values are no fixed list: formats, methods, types.
+"""What a shell completes after an option without a fixed list of values: formats, methods, types.
 
 Click asks while the user types, so each list is made only then, from what is registered.
 """
@@ -15,6 +15,8 @@ from loratools.work.declared import Option
 
 def completions(option: Option, incomplete: str, command: str | None) -> list[CompletionItem]:
     """Return the values of a command's option that begin as what was typed, in any case."""
+    if option.metavar is not None and option.metavar.startswith("ADAPTER"):
+        return path_completions(None, None, incomplete)
     source = _SOURCES.get((option.name.rstrip("_"), bool(option.choices)))
     if source is _dtypes and command == "convert":
         source = _stored
@@ -30,6 +32,11 @@ def rule_completions(context: object, parameter: object, incomplete: str) -> lis
     """Return the codes of rules that begin as what was typed."""
     typed = incomplete.upper()
     return [CompletionItem(code, help=text) for code, text in _rules() if code.startswith(typed)]
+
+
+def path_completions(context: object, parameter: object, incomplete: str) -> list[CompletionItem]:
+    """Let the shell complete a path, of an argument that may have more behind it (`:0.5`)."""
+    return [CompletionItem(incomplete, type="file")]
 
 
 def _readable() -> list[tuple[str, str | None]]:

@@ -35,7 +35,7 @@ def command(
 ) -> int:
     """Convert an adapter to another format, and check what was written.
 
-    The output is read again, and the error printed is that of its weight changes.
+    The output is read again, and its weight changes are compared with those of the input.
 
     \b
     loratools convert my-adapter -o my-adapter.gguf --base my-model

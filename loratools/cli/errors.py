@@ -69,7 +69,7 @@ def _abandon_stdout() -> int:
 
 
 def _told(error: BaseException, arrived: list[int]) -> tuple[str, int]:
-    """Return the line that an error is told in, and the exit code.
+    """Return the line for an error, and the exit code.
 
     After a signal, that is what ended the run: an exception that is raised anywhere may be
     replaced on its way by one that it caused, such as that of a lock which it found half released.

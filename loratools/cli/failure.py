@@ -53,6 +53,7 @@ def error_fields(error: BaseException, text: str, code: int) -> dict[str, Any]:
     """
     fields = ("message", "path", "tensor", "got", "expected", "hint")
     known = {name: getattr(error, name, None) for name in fields}
+    known["message"] = known["message"] or text
     return {
         "kind": type(error).__name__.removeprefix("_"),
         "text": text,

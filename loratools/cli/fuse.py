@@ -9,6 +9,7 @@ import click
 from loratools.cli import options as shared
 from loratools.cli.by_type import Measure, ModuleTable, print_modules
 from loratools.cli.command import command as named_command
+from loratools.cli.completion import path_completions
 from loratools.cli.output import human_bytes, note, number, percent, quantity, say
 from loratools.cli.pages import Pages
 from loratools.cli.perform import perform, target_of
@@ -26,7 +27,13 @@ _MATTERS = 0.01  # of ‖ΔW‖, from which on the rounding of the base shows
 
 @named_command("fuse")
 @shared.base_argument
-@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")
+@click.argument(
+    "adapters",
+    nargs=-1,
+    required=True,
+    metavar="ADAPTER[:WEIGHT]...",
+    shell_complete=path_completions,
+)
 @shared.writes(positional=False)
 @shared.takes(FuseOptions, into="options")
 @shared.takes(GgufFuseOptions, "fallback", into="quantised")

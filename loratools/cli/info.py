@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,8 +40,9 @@ _CARRIED = 4
 def command(adapters: tuple[Path, ...], reading: Reading, reporting: Reporting) -> int:
     """Show what an adapter or a base model is, from its headers alone.
 
-    Of several, print a line each. A folder that is no adapter stands for all adapters below it. Of
-    a base model it tells how its weights are quantised: the format, bits, groups, and what is not.
+    Several adapters give a table with a line for each. A folder that is no adapter stands for all
+    adapters below it. For a base model it shows how the weights are quantised: the format, bits,
+    groups, and what is left out.
 
     \b
     loratools info my-adapter
@@ -114,7 +116,7 @@ def _cells(found: InfoResult | None, problem: str | None) -> list[str]:
     if found is None:
         return ["–"] * 6 + [printable(problem or "")]
     modules = found.modules
-    targets = sorted(_targets(found))
+    targets = sorted(_targets(found)) or sorted(found.components)
     return [
         printable(text)
         for text in (
@@ -194,10 +196,26 @@ def _made_by(provenance: Mapping[str, str], path: str) -> list[tuple[str, str]]:
     if operation is None:
         return list(rest.items())
     rest.pop("inputs", None)
-    options = rest.pop("options", "{}").translate(str.maketrans("", "", '{}"')).replace(",", ", ")
-    made = f"loratools {version or ''} {operation}: {options}".rstrip(": ")
-    shown = f"{made}; see: loratools provenance {shlex.quote(path)}"
-    return [("made by", shown), *rest.items()]
+    made = ["loratools", version or "", operation, _options(rest.pop("options", ""))]
+    history = f"loratools provenance {shlex.quote(path)}"
+    return [("made by", " ".join(filter(None, made))), ("history", history), *rest.items()]
+
+
+def _options(recorded: str) -> str:
+    """Return recorded options as `rank=2 device=cpu`; as they stand if they are no JSON object."""
+    try:
+        options = json.loads(recorded or "{}")
+    except ValueError:
+        return recorded
+    return " ".join(_pairs(options)) if isinstance(options, dict) else recorded
+
+
+def _pairs(options: Mapping[str, object], prefix: str = "") -> Iterator[str]:
+    for key, value in options.items():
+        if isinstance(value, dict):
+            yield from _pairs(value, "" if key == "rule" else f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}={value if isinstance(value, str) else json.dumps(value)}"
 
 
 def _targets(found: AdapterInfo) -> set[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from loratools.cli.other_names import COMMANDS
 from loratools.cli.wording import read_on
 
 
@@ -44,8 +45,12 @@ class LazyGroup(click.Group):
         if args[0] not in self._places and not args[0].startswith("-"):
             import difflib
 
-            close = difflib.get_close_matches(args[0], self._places, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
+            meant = COMMANDS.get(args[0])
+            if args[0] == "help":
+                meant = f"{args[1]} --help" if args[1:2] and args[1] in self._places else "--help"
+            elif meant not in self._places and meant != "--version":
+                meant = next(iter(difflib.get_close_matches(args[0], self._places, n=1)), None)
+            hint = f" Did you mean '{meant}'?" if meant else ""
             ctx.fail(f"No such command {args[0]!r}.{hint}")
         return super().resolve_command(ctx, args)
 

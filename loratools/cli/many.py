@@ -1,6 +1,7 @@
 """One command over several adapters, in one process: `--out-dir` and its companions.
 
-The command itself knows one adapter. A line here tells of each, and the last lines what failed.
+The command itself knows one adapter. It prints a line for each adapter, and lists failures at the
+end.
 """
 
 from __future__ import annotations

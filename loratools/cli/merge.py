@@ -12,6 +12,7 @@ from loratools.algebra.ranks import RankRule
 from loratools.cli import options as shared
 from loratools.cli.by_type import Measure, ModuleTable, print_modules
 from loratools.cli.command import command as named_command
+from loratools.cli.completion import path_completions
 from loratools.cli.output import human_bytes, note, number, percent, say
 from loratools.cli.pages import Pages, after
 from loratools.cli.perform import perform, target_of
@@ -29,7 +30,9 @@ from loratools_formats.disk.errors import OptionError
 
 
 @named_command("merge")
-@click.argument("adapters", nargs=-1, metavar="ADAPTER[:WEIGHT]...")
+@click.argument(
+    "adapters", nargs=-1, metavar="ADAPTER[:WEIGHT]...", shell_complete=path_completions
+)
 @shared.writes("max_error", positional=False)
 @shared.takes(MergeOptions, into="options")
 @shared.takes(Parameters, into="parameters")
@@ -118,7 +121,7 @@ def _refuse_what_recipes_say(context: click.Context) -> None:
         and context.get_parameter_source(parameter.name) is click.core.ParameterSource.COMMANDLINE
     ]
     if given:
-        raise OptionError("a recipe says this already", got=", ".join(given))
+        raise OptionError("the recipe states this already", got=", ".join(given))
 
 
 def _ranks(ranks: Sequence[int | None]) -> str:

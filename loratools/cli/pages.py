@@ -32,7 +32,7 @@ class Pages:
     """Other forms of a report than text.
 
     Attributes:
-        html: also write a page that needs no network and no other file.
+        html: also write the report as an HTML page that needs no network and no other file.
         plot: also draw the report's pictures into a file that ends in .png, .svg or .pdf; this
             needs matplotlib.
         overwrite: replace the files of reports if they exist.

@@ -1,4 +1,4 @@
-"""What every command does around the one function that it calls: run it, report, say what became.
+"""What every command does around the function that it calls: run it, and report the result.
 
 Text and `--json` come from the same result; notes and errors go to stderr.
 """

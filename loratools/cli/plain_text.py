@@ -1,4 +1,4 @@
-"""Signs in ASCII, for who asks for it with the locale C, and for streams that hold nothing else.
+"""Signs in ASCII, for the locale C and for streams that can hold nothing else.
 
 Python writes UTF-8 where no locale is set, as in most containers, and so do we. `LANG=C` or
 `LC_ALL=POSIX` that somebody did set means a terminal which shows bytes.

@@ -17,7 +17,7 @@ from loratools.work.requests import Reporting
 def command(planning: Planning, reporting: Reporting) -> None:
     """Plan a training run whose rank falls in stages.
 
-    The plan ends in what the trainer needs, ready to paste.
+    It also prints what the trainer needs, ready to paste.
 
     \b
     loratools plan-squeeze --from 64 --to 8 --steps 3000

@@ -40,8 +40,8 @@ class Presenting:
 def command(path: Path, presenting: Presenting, reporting: Reporting) -> None:
     """Show how an output was made, back to the originals.
 
-    The statement beside an output tells, with those that its inputs had; where there is none, the
-    metadata of the file. Nothing is computed again: `loratools replay` does that.
+    It reads the statement beside an output and those of its inputs, or the metadata of the file if
+    there is no statement. It computes nothing again: `loratools replay` does that.
 
     \b
     loratools provenance both

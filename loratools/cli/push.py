@@ -43,9 +43,10 @@ def command(
 ) -> int:
     """Publish an adapter or a model on the Hub, checked, with a card, in one commit.
 
-    Only files that loratools knows are published. The card says how the adapter was made and how to
-    use it, between two marks; what its author wrote stays byte for byte. Exits with 1 if the check
-    found something as grave as --fail-on, errors by default, and with 3 if it could not be made.
+    Only files that loratools knows are published. Between two marks, the card says how the adapter
+    was made and how to use it; the author's own text is kept byte for byte. Exits with 1 if the
+    check found something of the severity of --fail-on (errors by default), and with 3 if the
+    adapter could not be checked.
 
     \b
     loratools push my-adapter me/my-adapter --private

@@ -43,8 +43,8 @@ def command(
 ) -> int:
     """Shrink an adapter's intruder dimensions, drop dead modules, balance factors.
 
-    Intruder dimensions are leading singular vectors of W + ΔW that are far from all of W's; with
-    them, an adapter forgets more of what the base knew (arXiv 2410.21228).
+    Intruder dimensions are leading singular vectors of W + ΔW that are far from all singular
+    vectors of W. Adapters with many of them forget more of what the base knew (arXiv 2410.21228).
 
     \b
     loratools repair my-adapter --base model -o repaired

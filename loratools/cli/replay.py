@@ -23,10 +23,10 @@ from loratools_formats.disk.errors import printable
 @shared.takes(Replaying, into="how")
 @shared.reports()
 def command(path: Path, how: Replaying, reporting: Reporting) -> int:
-    """Do again what made an output, and compare the bytes.
+    """Repeat the call that made an output, and compare the bytes.
 
-    Inputs are found by their digests: among `--input`, where they lay, on the Hub. The exit code is
-    0 if all bytes are equal, 1 if some differ, and 3 if it cannot be done again.
+    Inputs are found by their digests: below `--input`, where they were, or on the Hub. The exit
+    code is 0 if all bytes are equal, 1 if some differ, and 3 if the call cannot be repeated.
 
     \b
     loratools replay both

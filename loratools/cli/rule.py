@@ -20,7 +20,7 @@ from loratools.work.requests import Reporting
 def command(name: str, reporting: Reporting) -> None:
     """Explain a rule of `check`.
 
-    Says what it finds, why that matters and what to do.
+    It says what the rule finds, why that matters and what to do.
 
     \b
     loratools rule LT401

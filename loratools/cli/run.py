@@ -23,9 +23,9 @@ from loratools.work.requests import Reporting
 @shared.takes(Workers, into="threads")
 @shared.reports()
 def command(recipe: Path, how: Running, threads: Workers, reporting: Reporting) -> int:
-    """Run a recipe: operations one after another, resumed where it was stopped.
+    """Run a recipe: operations one after another, resumed where a run stopped.
 
-    The recipe is checked whole before the first step. Exits with 1 if a check found something.
+    The whole recipe is checked before the first step. Exits with 1 if a check found something.
 
     \b
     loratools run release.yaml --dry-run

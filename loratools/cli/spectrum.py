@@ -44,10 +44,10 @@ def command(
     pages: Pages,
     reporting: Reporting,
 ) -> None:
-    """Measure what is in an adapter: spectra, ranks, strength, what stands out.
+    """Measure what is in an adapter: spectra, ranks, strength, and what stands out.
 
-    Without --base everything comes from the factors. With it, also the size of the change beside
-    the weight, intruder dimensions, and the true change of a DoRA.
+    Without --base, only the factors are used. With --base, the report also has the size of the
+    change beside the weight, intruder dimensions, and the true change of a DoRA.
 
     \b
     loratools spectrum my-adapter

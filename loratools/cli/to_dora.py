@@ -26,8 +26,8 @@ def command(
 ) -> int:
     """Turn a LoRA into a DoRA that makes the same change.
 
-    The factors stay as they are, and every output gets the norm of its weight with the change as
-    magnitude, so that the DoRA merges to the same weights and training can go on from it.
+    The factors do not change. The magnitude of an output is the norm of its merged weight, so that
+    the DoRA merges to the same weights, and training can go on from it.
 
     \b
     loratools to-dora my-lora --base model -o my-dora

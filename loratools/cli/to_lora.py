@@ -42,9 +42,9 @@ def command(
 ) -> int:
     """Turn an adapter of any kind into a plain LoRA.
 
-    Kinds that are low rank in disguise fold exactly. Others (DoRA, OFT, FourierFT ...) are
-    approximated by the best factors of the rank asked for, and the error is stated; without a rule
-    for the ranks, prints the table rank → size → error and writes nothing.
+    Kinds whose change is a product of two factors are converted exactly. Others (DoRA, OFT,
+    FourierFT ...) get the best factors of the rank that you choose, and the error is reported.
+    Without a rule for the ranks, it prints the table rank → size → error and writes nothing.
 
     \b
     loratools to-lora my-loha -o plain

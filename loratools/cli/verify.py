@@ -8,6 +8,7 @@ import click
 
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
+from loratools.cli.completion import path_completions
 from loratools.cli.exits import EXIT_FOUND, EXIT_UNCHECKED
 from loratools.cli.output import note, number, percent, print_table, say
 from loratools.cli.perform import report
@@ -23,7 +24,9 @@ from loratools_formats.disk.errors import OptionError
 
 @named_command("verify")
 @click.argument("fused", type=shared.PATH)
-@click.argument("made_from", nargs=-1, metavar="BASE ADAPTER[:WEIGHT]...")
+@click.argument(
+    "made_from", nargs=-1, metavar="BASE ADAPTER[:WEIGHT]...", shell_complete=path_completions
+)
 @shared.reads("base", "from_", "ignore_key")
 @shared.takes(Claim, into="claim")
 @shared.takes(Workers, into="threads")
@@ -38,8 +41,8 @@ def command(
 ) -> int:
     """Check whether a checkpoint is a base with adapters fused in.
 
-    Exits with 0 if it is, with 1 if not, and with 3 if the checkpoint cannot tell: a tensor could
-    not be checked, rounding erases a change, or the adapter changes nothing.
+    Exits with 0 if it is, with 1 if it is not, and with 3 if the checkpoint does not show it: a
+    tensor could not be checked, rounding erased a change, or the adapter changes nothing.
 
     \b
     loratools verify merged-model base-model my-adapter
@@ -57,7 +60,8 @@ def command(
         )
     report(result, lambda found: _show(found, verbose=reporting.verbose), reporting)
     if result.contained is None and not reporting.quiet:
-        note("that cannot be told; see the reasons above" if result.told else "nothing can be told")
+        told = "the rest is not known; see the reasons above"
+        note(told if result.told else "nothing is known")
     return {True: 0, False: EXIT_FOUND, None: EXIT_UNCHECKED}[result.contained]
 
 
@@ -83,7 +87,7 @@ def _show(result: VerifyResult, *, verbose: bool) -> None:
     counts = ", ".join(f"{count} {verdict}" for verdict, count in result.counts.items())
     say(f"tensors: {counts}")
     answer = {True: "contained", False: "not contained", None: "cannot tell"}[result.contained]
-    told = f", {percent(result.told)} of ΔW shows" if result.contained is None else ""
+    told = f", {percent(result.told)} of ΔW can be judged" if result.contained is None else ""
     say(f"adapter: {answer}{told}")
 
 

@@ -1,4 +1,4 @@
-"""`check` and `rule`: what is the matter with adapters, and what each finding means."""
+"""`check` and `rule`: what is wrong with adapters, and what each finding means."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class CheckResult(Result):
     rules: tuple[str, ...]
 
     def destination(self, asked: Asked) -> tuple[str | None, bool]:
-        """Return where the mended adapter was to go, and whether there was something to mend."""
+        """Return where the fixed adapter was to go, and whether there was something to fix."""
         return asked.output, any(step.taken for step in self.steps)
 
 
@@ -138,17 +138,17 @@ def check(
     threads: Workers,
     progress: Progress | None = None,
 ) -> CheckResult:
-    """Check adapters against rules, for the programs that are to serve them.
+    """Check adapters against rules, for the programs that will serve them.
 
-    A result without findings says that the rules which ran met nothing, and no more.
+    A result without findings says only that the rules that ran found nothing.
 
     >>> import loratools as lt
     >>> lt.check("examples/tiny-llama/lora", target=["vllm"]).counts["error"]
     0
 
     Args:
-        sources: an adapter, or several; a path that does not exist is in `unchecked`.
-        base: the base model, which names and shapes are compared with.
+        sources: an adapter, or several; paths that do not exist are listed in `unchecked`.
+        base: the base model, for the rules that compare names and shapes.
         progress: called with (adapters done, adapters in all).
 
     Raises:
@@ -177,10 +177,10 @@ def check(
 
     if not fixing.fix:
         if writing.output is not None:
-            raise OptionError("an output is given, and nothing is to be mended", hint="Add `fix`")
+            raise OptionError("an output is given without `fix`", hint="Add `fix`")
         return _result(run(given, reading), options, ())
     if len(given) + len(unresolved) != 1 or writing.output is None:
-        raise OptionError("a fix takes one adapter and an output", hint="Add `output=PATH`")
+        raise OptionError("`fix` needs one adapter and an output", hint="Add `output=PATH`")
     first = run(given, reading)
     if first.unchecked or not any(finding.remedy for finding in first.findings):
         return _result(first, options, ())

@@ -71,14 +71,14 @@ def compare(
     (('lora', 'rslora'), 28)
 
     Args:
-        adapters: at least two, or a mapping from the names they are to go by.
+        adapters: at least two, or a mapping from their names.
         base: the base model, for DoRA and kinds that need it.
         progress: called with (modules done, modules in all).
 
     Raises:
         OptionError: fewer than two adapters, one given twice, or a number out of range.
         AdapterError: they share no module, or values are not finite.
-        UnsupportedError: a change depends on the base, or cannot be told.
+        UnsupportedError: a change depends on the base, or is not known.
     """
     named = named_adapters(adapters, reading)
     found = operation.compare(
@@ -103,7 +103,7 @@ def compare_bases(
     threads: Workers,
     reading: Reading,
 ) -> BasesResult:
-    """Compare two base models where an adapter acts: may it be moved from one to the other?
+    """Compare two base models where an adapter acts, which tells whether it can move to the other.
 
     >>> import loratools as lt
     >>> model = "examples/tiny-llama/model"
@@ -113,11 +113,11 @@ def compare_bases(
     Args:
         source: an adapter of any kind.
         base: the model that it was trained on.
-        other: the model that it is to be moved to.
+        other: the model to which it would be moved.
 
     Raises:
         AdapterError: no module fits both bases.
-        UnsupportedError: a change cannot be told.
+        UnsupportedError: a change is not known.
         OptionError: an argument is neither a path nor what was read.
     """
     found = bases.compare_bases(

@@ -1,4 +1,4 @@
-"""`convert` and `write`: an adapter in another format, compared with what was meant."""
+"""`convert` and `write`: an adapter in another format, compared with the original."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def convert(
     writing: Writing,
     progress: Progress | None = None,
 ) -> ConvertResult:
-    """Convert an adapter to another format, and compare the written file with what was meant.
+    """Convert an adapter to another format, and compare the written file with the adapter.
 
     The format is `to`, or found from the name of the output.
 
@@ -135,15 +135,15 @@ def convert(
 
     Args:
         source: an adapter of any kind.
-        base: the base model, where a format needs its names or layout.
+        base: the base model, if a format needs its names or layout.
         progress: called with (modules compared, modules in all).
 
     Raises:
-        OptionError: neither `to` nor an output, or an option that neither format has a use for.
+        OptionError: neither `to` nor an output, or an option that no format involved supports.
         LossyError: the format cannot hold all of the adapter; the error carries the result.
         InexactError: the error is above `max_error`; the error carries the result.
         UnsupportedError: a translation would be a guess.
-        AdapterError: names that nothing resolves, or values that are not finite.
+        AdapterError: names that cannot be translated, or values that are not finite.
         OutputExistsError: the output exists and `overwrite` is false.
         OutputError: the output could not be written, or lacks a part.
     """

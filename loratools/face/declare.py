@@ -311,21 +311,36 @@ def _documented(
     return "\n".join([f"{head.rstrip()}\n", "Options:", *lines, raises + tail])
 
 
+_PAIRS = "weights go with their adapters: {adapter: weight} or [(adapter, weight)]"
+
+
+def _likely(value: Any, signature: Signature) -> str:
+    """Return how to name a value that was given by position, as far as it can be told."""
+    parameters = signature.parameters
+    options = [name for name, p in parameters.items() if p.kind is Parameter.KEYWORD_ONLY]
+    if "adapters" in parameters and isinstance(value, list | tuple | float):
+        return _PAIRS
+    required = [name for name in options if parameters[name].default is Parameter.empty]
+    likely = [*required, "rank" if isinstance(value, int) else "output", *options]
+    example = next((name for name in likely if name in options), "name")
+    return f"name the options, such as {example}={value!r}"
+
+
 def _check_names(
     name: str, signature: Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> None:
     """Refuse what Python would refuse, with the next step in the message."""
     parameters = signature.parameters.values()
     positional = [p.name for p in parameters if p.kind is not Parameter.KEYWORD_ONLY]
-    options = [p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY]
     if len(args) > len(positional):
-        example = "rank" if "rank" in options else options[0]
         raise TypeError(
-            f"{name}() takes {' and '.join(positional) or 'nothing'} by position; name the "
-            f"options, such as {example}={args[len(positional)]!r}"
+            f"{name}() takes {' and '.join(positional) or 'nothing'} by position; "
+            + _likely(args[len(positional)], signature)
         )
     for given in kwargs:
         if given not in signature.parameters:
             close = difflib.get_close_matches(given, signature.parameters, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
+            if given in ("weight", "weights") and "adapters" in signature.parameters:
+                hint = f"; {_PAIRS}"
             raise TypeError(f"{name}() has no option {given!r}{hint}")

@@ -46,7 +46,7 @@ def dequantize(
 ) -> DequantizeResult:
     """Turn a checkpoint's quantised weights back into 16 or 32 bits.
 
-    Without `output` everything is computed and measured, and nothing written.
+    Without `output`, everything is computed and measured, but nothing is written.
 
     >>> import tempfile
     >>> import loratools as lt

@@ -116,7 +116,7 @@ def extract(
         InexactError: the error is above `max_error`; the error carries the result.
         AdapterError: a tensor is in only one of the two, nothing changed, or NaN and infinite
             values.
-        UnsupportedError: a tensor changed that has no place in a LoRA.
+        UnsupportedError: a tensor that has no place in a LoRA changed.
         OutputExistsError: the output exists and `overwrite` is false.
     """
     if not rule.is_given:

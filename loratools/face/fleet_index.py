@@ -1,4 +1,4 @@
-"""`fleet_index`, `fleet_similar`, `fleet_dedup`: many adapters by what they do to the base."""
+"""`fleet_index`, `fleet_similar`, `fleet_dedup`: many adapters, compared by their changes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class IndexOptions:
     """How to make an index.
 
     Attributes:
-        update: take over what the output that exists knows of adapters whose content is the same.
+        update: keep what the existing output holds about adapters whose content has not changed.
     """
 
     update: bool = option(False, heading="Output")
@@ -152,7 +152,7 @@ def fleet_index(
     output = writing.output
     if options.update:
         if output is None:
-            raise OptionError("`update` takes over an output, and none is given")
+            raise OptionError("`update` takes over an earlier output, and none is given")
         earlier = read_index(output) if output.exists() else None
         writing = Writing(output=output, overwrite=True)
     writing = destination(writing, None, paths)
@@ -203,7 +203,7 @@ def fleet_similar(
 
     Raises:
         AdapterError: no sound index, or an adapter that changes nothing.
-        UnsupportedError: the adapter's change cannot be told.
+        UnsupportedError: the adapter's change is not known.
     """
     found, adapter = read_index(index), opened(source, reading)
     path = "" if adapter.source is None else str(adapter.source)
@@ -222,7 +222,7 @@ def fleet_similar(
 
 @public()
 def fleet_dedup(index: str | os.PathLike[str], *, options: DedupOptions) -> FleetDedupResult:
-    """Find near-duplicates among the adapters of an index, and groups of one start.
+    """Find near-duplicates among the adapters of an index, and groups with the same start.
 
     >>> import tempfile
     >>> import loratools as lt
@@ -253,7 +253,7 @@ def _located(adapters: Sequence[str | os.PathLike[str]]) -> tuple[list[Path], li
     """Return where adapters are, those on the Hub in its cache, and which cannot be brought here.
 
     Raises:
-        LoratoolsError: none of them is here; the first one's reason.
+        LoratoolsError: none of them can be found; the reason for the first.
     """
     from loratools.hub.resolve import located
 

@@ -136,7 +136,7 @@ def fleet_share(
     writing: Writing,
     progress: Progress | None = None,
 ) -> FleetShareResult:
-    """Bring adapters of one base model into shared bases, each with a small core of its own.
+    """Store adapters of one base model in shared bases, with a small core for each.
 
     >>> import loratools as lt
     >>> pair = ["examples/tiny-llama/lora", "examples/tiny-llama/rslora"]
@@ -145,8 +145,7 @@ def fleet_share(
     (1, ['lora', 'rslora'])
 
     Args:
-        adapters: plain, or of kinds that fold into factors exactly; or a mapping from the names
-            they are to go by.
+        adapters: plain, or of kinds that fold into factors exactly; or a mapping from their names.
         progress: called with (modules done, modules in all).
 
     Raises:
@@ -185,7 +184,7 @@ def fleet_add(
     writing: Writing,
     progress: Progress | None = None,
 ) -> FleetAddResult:
-    """Add an adapter to a shared set, in the bases that are there.
+    """Add an adapter to a shared set, in the set's bases.
 
     >>> import loratools as lt
     >>> shared = lt.fleet_share({"one": "examples/tiny-llama/lora"}, rank=32)
@@ -234,7 +233,7 @@ def fleet_unshare(
 ) -> FleetUnshareResult:
     """Take adapters out of a shared set, as plain LoRAs.
 
-    One adapter becomes the PEFT folder `output`; several become folders of their names in it.
+    `output` is the PEFT folder of one adapter, or the folder in which each of several gets its own.
 
     >>> import loratools as lt
     >>> shared = lt.fleet_share({"one": "examples/tiny-llama/lora"}, rank=8)
@@ -247,7 +246,7 @@ def fleet_unshare(
         progress: called with (modules done, modules in all).
 
     Raises:
-        OptionError: the set has no such adapter, or none or all are asked for at once.
+        OptionError: the set holds no such adapter, or none or all are asked for at once.
         UnsupportedError: it is no set.
         AdapterError: it is not sound, or values do not fit the type.
         OutputExistsError: the output exists and `overwrite` is false.

@@ -191,9 +191,9 @@ def fuse(
 ) -> FuseResult | FusePlan | FusePart:
     """Fuse adapters into base weights, streamed: W' = W + Σ weight · ΔW, rounded once.
 
-    With `output` the checkpoint is written and the result says what was done; without, the result
-    is a plan, which has a `write` of its own. With `shard` it tells which weight files were written
-    and which are awaited, unless they are complete.
+    With `output`, the checkpoint is written and the result says what was done. Without it, the
+    result is a plan with a method `write`. With `shard`, the result lists the weight files that
+    were written and those that are awaited, unless all are complete.
 
     >>> import loratools as lt
     >>> plan = lt.fuse("examples/tiny-llama/model", {"examples/tiny-llama/lora": 0.5})
@@ -202,7 +202,8 @@ def fuse(
 
     Args:
         base: a checkpoint folder, a diffusers pipeline, a safetensors file or a GGUF model.
-        adapters: adapters, or a mapping to their weights; a negative weight takes one out again.
+        adapters: adapters, or a mapping from them to weights; a negative weight takes one out
+            again.
         progress: called with (bytes done, bytes in all).
 
     Raises:

@@ -87,7 +87,7 @@ class MethodsResult(Result):
 
 @public()
 def formats() -> FormatsResult:
-    """Return the registered formats; nothing raises, a broken plugin is an entry.
+    """Return the registered formats. A broken plugin is an entry, not an error.
 
     >>> import loratools as lt
     >>> [entry.write for entry in lt.formats().formats if entry.name == "peft"]
@@ -111,7 +111,7 @@ def formats() -> FormatsResult:
 
 @public()
 def methods() -> MethodsResult:
-    """Return the registered merge methods; nothing raises, a broken plugin is an entry.
+    """Return the registered merge methods. A broken plugin is an entry, not an error.
 
     >>> import loratools as lt
     >>> [entry.parameters["density"] for entry in lt.methods().methods if entry.name == "ties"]

@@ -156,15 +156,17 @@ def merge(
 
     Args:
         adapters: a mapping of paths to weights, a sequence of adapters or (adapter, weight), or the
-            path of a recipe, which then says all but `workers`, `device` and where to write.
-        base: the base model, where a DoRA takes part.
+            path of a recipe, which then states everything except `workers`, `device` and the
+            output.
+        base: the base model, if an adapter is a DoRA.
         progress: called with (modules done, modules in all).
 
     Raises:
         OptionError: options that do not fit the method, each other, the adapters or the recipe.
         InexactError: the error is above `max_error`; the error carries the result.
         AdapterError: adapters that do not fit together, or NaN and infinite values.
-        UnsupportedError: an adapter whose factors do not tell its ΔW, or a DoRA without its base.
+        UnsupportedError: an adapter whose factors do not determine its ΔW, or a DoRA without its
+            base.
         OutputExistsError: the output exists and `overwrite` is false.
     """
     if isinstance(adapters, str | os.PathLike):
@@ -219,7 +221,7 @@ def _from_file(path: Path, given: MergeOptions, base: Model | None) -> Recipe:
     """
     workers, device = given.compute.workers, given.compute.device
     if given != MergeOptions(compute=ComputeOptions(workers=workers, device=device)) or base:
-        raise OptionError("a recipe says all settings", path=path, hint="Leave out the others")
+        raise OptionError("the recipe states all settings", path=path, hint="Leave out the others")
     plan = with_local_paths(load_recipe(path), path.parent)
     compute = replace(plan.options.compute, workers=workers, device=device)
     return replace(plan, options=replace(plan.options, compute=compute))

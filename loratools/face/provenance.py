@@ -42,7 +42,7 @@ class ProvenanceResult(Result):
 
 @public()
 def provenance(path: str | os.PathLike[str]) -> ProvenanceResult:
-    """Return how an output was made, back to the originals, as the statement beside it tells.
+    """Return how an output was made, back to the originals, from the statement beside it.
 
     >>> import tempfile
     >>> import loratools as lt

@@ -35,12 +35,10 @@ from loratools_formats.disk.errors import (
     UnknownFormatError,
 )
 from loratools_formats.disk.files import read_small_file
-from loratools_formats.disk.provenance import PROVENANCE_FILE
-from loratools_formats.disk.strict_json import read_object
+from loratools_formats.disk.provenance import PROVENANCE_FILE, is_sound, read_statement
 from loratools_formats.disk.temporaries import temporary_folder
 
 _MOST_CARD_BYTES = 1 << 20
-_MOST_STATEMENT_BYTES = 16 << 20
 _Published = Annotated[str | os.PathLike[str] | Adapter, Wanted("adapter", beside="all")]
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 
@@ -110,9 +108,9 @@ def push(
 ) -> PushResult:
     """Publish an adapter or a model on the Hub, checked, with a card, in one commit.
 
-    Files that loratools does not know stay here. The card's text and keys that its author wrote
-    stay as they are; what is said of the adapter lies between two marks. A repository that holds
-    all of it already gets no commit.
+    Files that loratools does not know are not published. The text and the keys that the card's
+    author wrote are kept; loratools writes about the adapter between two marks. If the repository
+    has everything already, no commit is made.
 
     >>> import loratools as lt
     >>> lt.push("examples/tiny-llama/lora", "hf://datasets/me/tiny")  # doctest: +ELLIPSIS
@@ -125,8 +123,8 @@ def push(
         progress: called with (adapters checked, adapters in all).
 
     Raises:
-        UnfitError: `check` found something as grave as `fail_on`, errors by default.
-        MissingFileError: no such repository, and it is not to be made.
+        UnfitError: `check` found something of the severity `fail_on` or worse.
+        MissingFileError: there is no such repository, and `create` is false.
         HubError: somebody else has committed since, or the Hub refused or failed.
         AdapterError: a file cannot be read, or changed meanwhile.
         OptionError: not the name of a repository, or options that contradict each other.
@@ -393,16 +391,14 @@ def _licence(base: str | None, card: bytes | None) -> dict[str, str]:
 def _records(path: Path) -> list[Mapping[str, Any]]:
     """Return the predicates that tell how an output was made, the oldest first."""
     place = path / PROVENANCE_FILE if path.is_dir() else Path(f"{path}.{PROVENANCE_FILE}")
-    if not os.path.exists(place):
-        return []
-    predicate = read_object(place, _MOST_STATEMENT_BYTES, max_depth=None).get("predicate")
-    return [] if not isinstance(predicate, dict) else list(_unfolded(predicate))
+    found = read_statement(place)
+    return [] if found is None else list(_unfolded(found["predicate"]))
 
 
 def _unfolded(predicate: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    earlier = [each.get("predicate") for each in predicate.get("history", [])]
+    earlier = [each["predicate"] for each in predicate.get("history", []) if is_sound(each)]
     in_memory = [one for made in predicate.get("steps", {}).values() for one in _unfolded(made)]
-    return [*(each for each in earlier if isinstance(each, dict)), *in_memory, predicate]
+    return [*earlier, *in_memory, predicate]
 
 
 def _picture(adapter: Adapter, name: str, folder: Path) -> Path | None:

@@ -50,7 +50,7 @@ def quantize(
 ) -> QuantizeResult:
     """Quantise a checkpoint to four bits, byte for byte as bitsandbytes does.
 
-    Without `output` everything is computed and measured, and nothing written.
+    Without `output`, everything is computed and measured, but nothing is written.
 
     >>> import loratools as lt
     >>> result = lt.quantize("examples/tiny-llama/model")

@@ -1,4 +1,4 @@
-"""`repair`: an adapter without what its spectrum finds fault with."""
+"""`repair`: an adapter without the faults that its spectrum shows."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def repair(
 ) -> RepairResult:
     """Shrink an adapter's intruder dimensions, drop dead modules, balance factors.
 
-    Intruder dimensions are leading singular vectors of W + ΔW that are far from all of W's; with
-    them, an adapter forgets more of what the base knew (arXiv 2410.21228).
+    Intruder dimensions are leading singular vectors of W + ΔW that are far from all singular
+    vectors of W. Adapters with many of them forget more of what the base knew (arXiv 2410.21228).
 
     >>> import loratools as lt
     >>> base = "examples/tiny-llama/model"

@@ -142,6 +142,8 @@ class AdapterResult(Reported):
     adapter: Adapter = hidden()
 
     def __post_init__(self) -> None:
+        about = get_format(self.adapter.format).writing_findings(self.adapter)
+        object.__setattr__(self, "findings", tuple(dict.fromkeys((*self.findings, *about))))
         super().__post_init__()
         made, error = self.adapter.provenance, getattr(self, "relative_error", None)
         if made is not None and "report" not in made:

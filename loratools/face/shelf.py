@@ -1,4 +1,4 @@
-"""Several adapters at once, and the names they go by."""
+"""Several adapters at once, and their names."""
 
 from __future__ import annotations
 

@@ -69,7 +69,9 @@ def opened(source: Any, reading: Reading, dropping: Dropping | None = None) -> A
     """
     if isinstance(source, Adapter):
         if reading.from_ is not None:
-            raise OptionError("the adapter is read already, and has a format", got=source.format)
+            raise OptionError(
+                "the adapter has been read already, so a format cannot be chosen", got=source.format
+            )
         return left([ignoring(source, reading.ignore_key)], dropping)[0]
     if not isinstance(source, str | os.PathLike) or not os.fspath(source):
         raise OptionError(
@@ -127,7 +129,7 @@ def ignoring(adapter: Adapter, keys: Sequence[str]) -> Adapter:
 def _ignored(finding: Finding) -> Finding:
     if finding.code != "unknown-config-key":
         return finding
-    text = f"config key {finding.where} is not known, and is ignored as was asked for"
+    text = f"config key {finding.where} is not known, and is ignored as requested"
     return Finding("ignored-config-key", "note", finding.where, text)
 
 

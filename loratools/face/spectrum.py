@@ -59,7 +59,7 @@ def spectrum(
     reading: Reading,
     progress: Progress | None = None,
 ) -> SpectrumResult:
-    """Measure what is in an adapter: spectra, ranks, strength, what stands out.
+    """Measure what is in an adapter: spectra, ranks, strength, and what stands out.
 
     Without a base everything comes from the factors, at O(d r²); with it also the size of the
     change beside the weight, intruder dimensions, and the true change of a DoRA.
@@ -75,7 +75,7 @@ def spectrum(
         progress: called with (modules done, modules in all).
 
     Raises:
-        UnsupportedError: a change depends on the base, or cannot be told.
+        UnsupportedError: a change depends on the base, or is not known.
         AdapterError: no module is selected, or tensors that do not fit.
         OptionError: a number out of range.
     """

@@ -20,7 +20,8 @@ from loratools.lowrank.matrices import loaded
 from loratools.lowrank.resize import ComputeOptions
 from loratools_formats.contract.format import Context
 from loratools_formats.contract.registry import get_format
-from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.dtypes import Array
 from loratools_formats.core.tensors import TensorRef, in_memory
 from loratools_formats.disk.errors import OptionError, UnsupportedError
@@ -53,7 +54,7 @@ def delta(
 
     Raises:
         OptionError: the adapter has no such module.
-        UnsupportedError: the change cannot be told, or not without the base.
+        UnsupportedError: the change is not known, or not without the base.
         AdapterError: tensors that do not fit, or NaN and infinite values.
     """
     opened = _opened(adapter, name, base)
@@ -95,7 +96,7 @@ def factors(adapter: Adapter, name: str) -> tuple[Array, Array]:
         return opened.scale * opened.b.load(np.float64), opened.a.load(np.float64)
     if opened is None or opened.exact is None:
         raise UnsupportedError(
-            "the weight change is no product of two factors",
+            "the weight change is not a product of two factors",
             path=adapter.source,
             tensor=name,
             hint="Approximate it by to_lora",
@@ -110,7 +111,7 @@ def from_factors(
     alpha: float | None = None,
     base_model: str | None = None,
 ) -> Adapter:
-    """Return a PEFT adapter of linear layers from arrays, to be written or worked on.
+    """Return a PEFT adapter of linear layers, made from arrays.
 
     >>> import numpy as np
     >>> import loratools as lt
@@ -126,7 +127,7 @@ def from_factors(
         base_model: what to record as the base model's name.
 
     Raises:
-        OptionError: no modules, or arrays that are no factors.
+        OptionError: no modules, or arrays that are not factors.
     """
     if not modules:
         raise OptionError("no modules given")
@@ -144,7 +145,7 @@ def _opened(adapter: Adapter, name: str, base: Model | None) -> LowRank | Opened
 
     Raises:
         OptionError: the adapter has no such module.
-        LoratoolsError: the change cannot be told, or not without the base.
+        LoratoolsError: the change is not known, or not without the base.
     """
     if name not in adapter.modules:
         raise OptionError(

@@ -88,7 +88,8 @@ def to_lora(
 ) -> ToLoraResult:
     """Turn an adapter of any kind into a plain LoRA.
 
-    A kind that is a product of two factors in disguise folds exactly and needs no rule; any other
+    A kind whose change is a product of two factors is converted exactly and needs no rule; any
+    other
     is approximated at the rank asked for. New factors are float32 unless `dtype` says otherwise.
 
     >>> import loratools as lt
@@ -105,12 +106,12 @@ def to_lora(
     Raises:
         OptionError: no rule where a change has no exact factors, or options that contradict.
         InexactError: the error is above `max_error`; the error carries the result.
-        UnsupportedError: the change cannot be told, or not without the base.
+        UnsupportedError: the change is not known, or not without the base.
         AdapterError: NaN or infinite values, or tensors that do not fit.
         OutputExistsError: the output exists and `overwrite` is false.
     """
     if folding.exact and rule.is_given:
-        raise OptionError("`exact=True` keeps changes whole, and leaves no rank to choose")
+        raise OptionError("`exact=True` keeps changes whole, so there is no rank to choose")
     given = trained(source, initial, reading, dropping)
     adapter, settings = overruled(given.adapter, dict(folding.set_))
     checkpoint = None if base is None else model_or_pipeline(base)
@@ -162,7 +163,7 @@ def to_lora_choices(
         initial: as for `to_lora`.
 
     Raises:
-        UnsupportedError: the change cannot be told, or not without the base.
+        UnsupportedError: the change is not known, or not without the base.
         AdapterError: NaN or infinite values, or tensors that do not fit.
     """
     adapter = trained(source, initial, reading, dropping).adapter

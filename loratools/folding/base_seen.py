@@ -14,7 +14,9 @@ from loratools.base.placement.class_view import made_of_rows
 from loratools.base.weights import BaseModule, Piece
 from loratools.naming.in_base import BaseRows, rows_in_base
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.core.adapter import Adapter, Layer
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import Layer
+from loratools_formats.core.orientation import OTHER_BASE
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
 
@@ -97,6 +99,7 @@ def _place(adapter: Adapter, name: str, parts: list[tuple[TensorRef, int, int]])
             tensor=name,
             got=f"out {change.shape[0]}, in {change.shape[1]}",
             expected=f"out {place.shape[0]}, in {place.shape[1]}, as {parts[0][0].key} has it",
+            hint=OTHER_BASE,
         )
     return place
 

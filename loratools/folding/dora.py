@@ -12,7 +12,7 @@ import numpy as np
 
 from loratools.algebra.streamed_svd import row_spans
 from loratools.kinds.declaration import Rows, Weight
-from loratools_formats.core.adapter import Axis
+from loratools_formats.core.change import Axis
 from loratools_formats.core.dtypes import Array
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError

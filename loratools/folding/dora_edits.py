@@ -17,7 +17,7 @@ from loratools.algebra.one_matrix import Decomposed, Matrix, RandomisedSvd
 from loratools.lowrank.matrices import loaded
 from loratools.lowrank.planned import PlannedFactors
 from loratools.lowrank.resize import Resizer, rounded
-from loratools_formats.core.adapter import ModuleChange
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.dtypes import Array
 
 

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from loratools_formats.core.adapter import Adapter, ExpertLayout, ModuleChange
+from loratools_formats.core.adapter import Adapter, ExpertLayout
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import OptionError
 

@@ -8,10 +8,11 @@ from loratools.base.dequantised import dequantised
 from loratools.base.placement import rules
 from loratools.base.placement.class_view import class_view
 from loratools.base.placement.names import Names
-from loratools.base.placement.orient import stack_is_swapped
+from loratools.base.placement.orient import stack_is_swapped, stack_is_transposed
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.facts import model_types
-from loratools_formats.core.adapter import Adapter, LowRank
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import LowRank
 from loratools_formats.core.orientation import exchanged
 
 
@@ -21,7 +22,7 @@ def lacks_sides(adapter: Adapter) -> bool:
 
 
 def with_sides(adapter: Adapter, base: Checkpoint | None) -> Adapter:
-    """Return an adapter whose stacks say on which side A is; as it is if the file tells already.
+    """Return an adapter whose stacks say on which side A is, and square ones how the base has them.
 
     A stack that the base does not have, or of which it tells nothing, stays as it is.
 
@@ -29,25 +30,44 @@ def with_sides(adapter: Adapter, base: Checkpoint | None) -> Adapter:
         AdapterError: a stack fits the base's neither way.
     """
     unknown = _unknown(adapter)
-    if base is None or not unknown:
+    found = unknown | _of_open_class(adapter)
+    if base is None or not found:
         return adapter
     names = Names(class_view(dequantised(base).checkpoint).checkpoint)
     modules = dict(adapter.modules)
-    for name, part in unknown.items():
-        swapped = stack_is_swapped(names, part.layer.parameters[0], part)
+    for name, part in found.items():
+        (parameter,) = part.layer.parameters
+        swapped = (
+            stack_is_swapped(names, parameter, part) if name in unknown else part.layer.swapped
+        )
+        lies = None if names.find(parameter) is None else stack_is_transposed(names, parameter)
         layer = replace(part.layer, swapped=swapped)
+        if swapped is not None and lies is not None:
+            layer = replace(layer, transposed_if_square=swapped != lies)
         modules[name] = modules[name].with_direction(replace(part, layer=layer))
     return replace(adapter, modules=modules)
 
 
 def _unknown(adapter: Adapter) -> dict[str, LowRank]:
+    return {name: part for name, part in _stacks(adapter).items() if part.layer.swapped is None}
+
+
+def _of_open_class(adapter: Adapter) -> dict[str, LowRank]:
+    """Return square stacks of a known side, where PEFT's side of the class is not known."""
+    return {
+        name: part
+        for name, part in _stacks(adapter).items()
+        if part.layer.transposed_if_square is None and part.shape[0] == part.shape[1]
+    }
+
+
+def _stacks(adapter: Adapter) -> dict[str, LowRank]:
     return {
         name: change.factors
         for name, change in adapter.modules.items()
         if adapter.format == "peft"
         and change.factors is not None
         and change.layer.kind == "experts"
-        and change.layer.swapped is None
         and len(change.layer.parameters) == 1
     }
 

@@ -12,7 +12,7 @@ from loratools.kinds.declaration import DeltaForm, Kronecker, Product, Weight
 from loratools.lowrank.planned import PlannedFactors
 from loratools.lowrank.resize import ComputeOptions, rounded
 from loratools.work.scratch import Scratch
-from loratools_formats.core.adapter import KindDelta, LowRank
+from loratools_formats.core.change import KindDelta, LowRank
 from loratools_formats.core.kind_shapes import check_shapes
 from loratools_formats.disk.errors import AdapterError
 

@@ -23,7 +23,8 @@ from loratools.base.weights import BaseModule, find_base_module
 from loratools.work.regexes import check_regex, is_found
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.registry import get_format
-from loratools_formats.core.adapter import Adapter, KindDelta, Layer, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import KindDelta, Layer, ModuleChange
 from loratools_formats.core.config_values import Values
 from loratools_formats.core.dtypes import Array
 from loratools_formats.core.peft_facts import frod_category, square_orientation
@@ -89,7 +90,7 @@ def _unilora(adapter: Adapter, base: Checkpoint, given: Mapping[str, str]) -> Re
     rank, length = values.count("r"), values.count("theta_d_length")
     if bank.shape != (length,):
         raise AdapterError(
-            "the file has other numbers than its config says",
+            "the file holds a different number of values than its config says",
             tensor=bank.key,
             got=list(bank.shape),
             expected=f"{length}",
@@ -161,7 +162,7 @@ def _in_order(adapter: Adapter, base: Checkpoint, order: list[str] | None) -> li
             "adapted layers, which no file holds",
             path=adapter.source,
             got=", ".join(leaves),
-            hint="Look it up in the model's class, and give it with `set=order=NAME,NAME,...`",
+            hint="Find the order in the model's class, and give it with `set=order=NAME,NAME,...`",
         )
     order = leaves if order is None else order
     if sorted(order) != leaves:
@@ -297,7 +298,7 @@ def _torch() -> Any:
         import torch
     except ImportError as error:
         raise MissingDependencyError(
-            "FRoD's basis is made of vectors as torch finds them", hint="pip install torch"
+            "FRoD's basis consists of vectors as torch computes them", hint="pip install torch"
         ) from error
     return torch
 

@@ -18,7 +18,7 @@ from loratools.folding.without_base import folds_alone
 from loratools.kinds.declaration import DeltaForm, Kronecker
 from loratools.lowrank.matrices import matrices
 from loratools.lowrank.planned import PlannedFactors
-from loratools_formats.core.adapter import KindDelta, ModuleChange
+from loratools_formats.core.change import KindDelta, ModuleChange
 
 
 def is_apart(delta: ModuleChange) -> bool:

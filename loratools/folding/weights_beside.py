@@ -11,7 +11,8 @@ from loratools.base.placement.place import module_placements
 from loratools.base.weights import find_base_module, is_in_stack, names_under
 from loratools.folding.base_seen import seen_by
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import AdapterError
 

@@ -29,7 +29,8 @@ from loratools.lowrank.matrices import loaded, matrices
 from loratools.lowrank.planned import PlannedFactors
 from loratools.lowrank.resize import ComputeOptions, rounded, spectrum_of
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.core.adapter import Adapter, KindDelta, LowRank, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import KindDelta, LowRank, ModuleChange
 from loratools_formats.core.dtypes import DTYPES, Array
 from loratools_formats.core.tensors import TensorRef, in_memory
 from loratools_formats.disk.errors import UnsupportedError

@@ -23,7 +23,8 @@ from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.facts import text_values
 from loratools_formats.contract.commands import command_on
 from loratools_formats.contract.registry import get_format
-from loratools_formats.core.adapter import Adapter, Layer, Missing, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import Layer, Missing, ModuleChange
 from loratools_formats.disk.errors import OptionError, UnsupportedError
 
 if TYPE_CHECKING:

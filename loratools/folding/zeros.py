@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.nothing import NOT_GATHERED
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError

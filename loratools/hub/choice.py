@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from loratools.hub.listing import Listing
 from loratools.hub.references import Beside, Reference, Want
-from loratools_formats.checkpoints.checkpoint import WEIGHT_SUFFIXES
+from loratools_formats.checkpoints.no_checkpoint import WEIGHT_SUFFIXES
 from loratools_formats.core.attachments import ATTACHMENTS
 from loratools_formats.disk.errors import HubError, LoratoolsError, MissingFileError
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from loratools import __version__
 from loratools.hub.references import Reference
+from loratools_formats.contract.path_kinds import nearly_as_typed
 from loratools_formats.disk.errors import (
     HubError,
     LoratoolsError,
@@ -230,7 +231,12 @@ def _here(reference: Reference) -> str:
 
 
 def _check(reference: Reference) -> str:
-    return "If a path is meant, correct it. " if reference.is_plain else ""
+    if not reference.is_plain:
+        return ""
+    near = nearly_as_typed(str(reference).removeprefix("hf://"))
+    return (
+        f"If a path is meant, did you mean {near}? " if near else "If a path is meant, correct it. "
+    )
 
 
 def scrubbed(text: object, limit: int = 300) -> str:

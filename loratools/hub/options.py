@@ -17,7 +17,7 @@ class PushOptions:
 
     Attributes:
         create: make the repository if there is none.
-        private: make it for yourself alone if there is none.
+        private: make the repository private if there is none.
         branch: commit to this branch, which is made if there is none.
         create_pr: open a pull request instead of committing.
         message: title of the commit.

@@ -89,7 +89,7 @@ def remote(target: Target) -> Remote:
     """Return what the branch holds now.
 
     Raises:
-        MissingFileError: no such repository, and it is not to be made.
+        MissingFileError: there is no such repository, and `create` is false.
         HubError: the Hub refused, failed, or cannot be reached.
     """
     try:
@@ -309,7 +309,7 @@ def _after_failure(
 
 
 def _parent_of(reference: Reference, commit: str) -> str | None:
-    """Return the commit before another; None if it cannot be told."""
+    """Return the commit before another; None if it is not known."""
     with contextlib.suppress(Exception):
         found = client.api().list_repo_commits(reference.repo, revision=commit)
         return str(found[1].commit_id)

@@ -7,7 +7,7 @@ reader resolves it.
 from __future__ import annotations
 
 from loratools.kinds.declaration import DeltaForm, Kind, Product, Tensors, Weight
-from loratools_formats.core.adapter import KindDelta
+from loratools_formats.core.change import KindDelta
 
 
 def _form(delta: KindDelta, _: Weight) -> DeltaForm:

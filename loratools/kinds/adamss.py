@@ -16,7 +16,7 @@ import numpy as np
 
 from loratools.kinds.declaration import DeltaForm, Kind, Product, Tensors, Weight
 from loratools.kinds.numbers.random_stream import TorchStream
-from loratools_formats.core.adapter import KindDelta
+from loratools_formats.core.change import KindDelta
 from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
@@ -35,7 +35,7 @@ def _factors(delta: KindDelta, weight: Weight) -> tuple[Array, Array]:
     names = {f"{side}.{i}" for side in "ab" for i in range(count)} | {"basis"}
     if {*delta.parts} != names:
         raise AdapterError(
-            "the file has other groups than its config says",
+            "the file holds a different number of groups than its config says",
             got=", ".join(sorted(delta.parts)),
             expected=f"{count} groups",
         )
@@ -96,7 +96,9 @@ def _clustered(points: Array, count: int) -> Array:
         before, labels = labels, _nearest(points, centres)
         sizes = np.bincount(labels, minlength=count)
         if not sizes.all():
-            raise UnsupportedError("the groups of AdaMSS cannot be told: one of them ran empty")
+            raise UnsupportedError(
+                "the groups of AdaMSS cannot be computed again: one of them ran empty"
+            )
         sums = np.zeros_like(centres)
         np.add.at(sums, labels, points)
         moved = sums / sizes[:, None]

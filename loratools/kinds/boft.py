@@ -11,7 +11,7 @@ import numpy as np
 
 from loratools.kinds.declaration import DeltaForm, Kind, Rows, Tensors, Weight
 from loratools.kinds.oft import cayley
-from loratools_formats.core.adapter import KindDelta
+from loratools_formats.core.change import KindDelta
 from loratools_formats.core.dtypes import Array
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from loratools.algebra.streamed_svd import row_spans
 from loratools.kinds.declaration import DeltaForm, Kind, Rows, Tensors, Weight
 from loratools.kinds.diag_oft import gains, rotations
-from loratools_formats.core.adapter import KindDelta
+from loratools_formats.core.change import KindDelta
 from loratools_formats.core.dtypes import Array
 
 

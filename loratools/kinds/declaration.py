@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from loratools_formats.core.adapter import KindDelta, ModuleChange
+from loratools_formats.core.change import KindDelta, ModuleChange
 from loratools_formats.core.dtypes import Array
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError

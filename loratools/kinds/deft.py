@@ -10,7 +10,7 @@ import numpy as np
 
 from loratools.algebra.streamed_svd import row_spans
 from loratools.kinds.declaration import DeltaForm, Kind, Product, Tensors, Weight
-from loratools_formats.core.adapter import KindDelta
+from loratools_formats.core.change import KindDelta
 from loratools_formats.disk.errors import UnsupportedError
 
 

@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from loratools.kinds.declaration import Columns, DeltaForm, Kind, Rows, Weight
-from loratools_formats.core.adapter import KindDelta
+from loratools_formats.core.change import KindDelta
 from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import AdapterError
 

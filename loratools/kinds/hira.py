@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from loratools.kinds.declaration import DeltaForm, Kind, Rows, Tensors, Weight
-from loratools_formats.core.adapter import KindDelta
+from loratools_formats.core.change import KindDelta
 from loratools_formats.core.dtypes import Array
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from loratools.kinds.declaration import DeltaForm, Kind, Product, Rows, Tensors, Weight
-from loratools_formats.core.adapter import KindDelta
+from loratools_formats.core.change import KindDelta
 from loratools_formats.core.dtypes import Array
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 from loratools.kinds.declaration import DeltaForm, Kind, Kronecker, Rows, Tensors, Weight
-from loratools_formats.core.adapter import KindDelta
+from loratools_formats.core.change import KindDelta
 from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import AdapterError
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from loratools.kinds.declaration import DeltaForm, Kind, Rows, Tensors, Weight
-from loratools_formats.core.adapter import KindDelta
+from loratools_formats.core.change import KindDelta
 from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import AdapterError
 
@@ -25,7 +25,9 @@ def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
         if tensors[name].shape != shape:
             raise tensors.wrong_shape(name, str(shape))
     if "copy" in tensors and not np.array_equal(tensors["copy"], residual):
-        raise AdapterError("the two copies of the residual differ", tensor=delta.parts["copy"].key)
+        raise AdapterError(
+            "the file's two copies of the residual differ", tensor=delta.parts["copy"].key
+        )
     left = tensors["scale"].item() * (permutation @ lower) * z
 
     def rows(start: int, stop: int) -> Array:

@@ -18,7 +18,7 @@ from dataclasses import replace
 import numpy as np
 
 from loratools.kinds.declaration import DeltaForm, Kind, Product, Tensors, Weight
-from loratools_formats.core.adapter import KindDelta, Layer
+from loratools_formats.core.change import KindDelta, Layer
 from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import AdapterError
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from loratools.kinds.declaration import DeltaForm, Kind, Tensors, Weight
 from loratools.kinds.ia3 import scaled
-from loratools_formats.core.adapter import KindDelta
+from loratools_formats.core.change import KindDelta
 
 
 def _form(delta: KindDelta, weight: Weight) -> DeltaForm:

@@ -7,7 +7,7 @@ SVD: without M they are a large part of the base weight.
 from __future__ import annotations
 
 from loratools.kinds.declaration import DeltaForm, Kind, Product, Tensors, Weight
-from loratools_formats.core.adapter import KindDelta
+from loratools_formats.core.change import KindDelta
 
 
 def _form(delta: KindDelta, _: Weight) -> DeltaForm:

@@ -12,7 +12,7 @@ import numpy as np
 from loratools.algebra.streamed_svd import row_spans
 from loratools.kinds.declaration import DeltaForm, Kind, Product, Tensors, Weight
 from loratools.kinds.numbers.activations import activation
-from loratools_formats.core.adapter import KindDelta
+from loratools_formats.core.change import KindDelta
 from loratools_formats.disk.errors import AdapterError
 
 
@@ -25,7 +25,7 @@ def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     layers = [f"{side}.{i}" for side in ("encoder", "decoder") for i in range(depth)]
     if {*delta.parts} != {"a", "b", *layers}:
         raise AdapterError(
-            "the file has other layers than its config says",
+            "the file holds a different number of layers than its config says",
             got=", ".join(sorted({*delta.parts} - {"a", "b"})),
             expected=f"{depth} encoders and decoders",
         )

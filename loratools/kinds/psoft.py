@@ -12,7 +12,7 @@ import numpy as np
 
 from loratools.kinds.declaration import DeltaForm, Kind, Product, Tensors, Weight
 from loratools.kinds.oft import cayley, cayley_neumann, skew_symmetric
-from loratools_formats.core.adapter import KindDelta
+from loratools_formats.core.change import KindDelta
 from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import MissingDependencyError
 
@@ -51,7 +51,7 @@ def _triplets(weight: Weight) -> tuple[Array, Array, Array]:
         import torch
     except ImportError as error:
         raise MissingDependencyError(
-            "PSOFT belongs to the singular vectors that torch finds", hint="pip install torch"
+            "PSOFT refers to the singular vectors that torch computes", hint="pip install torch"
         ) from error
     whole = torch.from_numpy(weight.rows(0, weight.shape[0]).astype(np.float32))
     u, s, vt = torch.linalg.svd(whole, full_matrices=False)

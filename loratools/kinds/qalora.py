@@ -9,7 +9,7 @@ peft 0.21.2.
 from __future__ import annotations
 
 from loratools.kinds.declaration import DeltaForm, Kind, Product, Tensors, Weight
-from loratools_formats.core.adapter import KindDelta
+from loratools_formats.core.change import KindDelta
 
 
 def _form(delta: KindDelta, weight: Weight) -> DeltaForm:

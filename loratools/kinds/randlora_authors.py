@@ -17,7 +17,7 @@ from dataclasses import replace
 import numpy as np
 
 from loratools.kinds.declaration import DeltaForm, Kind, Rows, Tensors, Weight
-from loratools_formats.core.adapter import KindDelta
+from loratools_formats.core.change import KindDelta
 from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import AdapterError
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from loratools.kinds.declaration import DeltaForm, Kind, Product, Tensors, Weight
 from loratools.kinds.numbers.random_stream import TorchStream
-from loratools_formats.core.adapter import KindDelta
+from loratools_formats.core.change import KindDelta
 from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import UnsupportedError
 
@@ -43,7 +43,7 @@ def _group(delta: KindDelta, p: Array) -> int:
     if len(found) == 1:
         return found.pop()
     raise UnsupportedError(
-        "which of the shared vectors belongs to the module cannot be told",
+        "it is not known which of the shared vectors belongs to the module",
         got=f"{len(groups)} vectors, of which {len(found)} could",
     )
 

@@ -6,7 +6,7 @@ A = bank[indices_a] ∘ scales_a, B alike, ΔW = B @ A.
 from __future__ import annotations
 
 from loratools.kinds.declaration import DeltaForm, Kind, Product, Tensors, Weight
-from loratools_formats.core.adapter import KindDelta
+from loratools_formats.core.change import KindDelta
 from loratools_formats.core.dtypes import Array
 
 

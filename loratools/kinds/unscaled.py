@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from loratools.kinds.declaration import DeltaForm, Kind, Product, Tensors, Weight
-from loratools_formats.core.adapter import KindDelta
+from loratools_formats.core.change import KindDelta
 
 
 def _form(delta: KindDelta, _: Weight) -> DeltaForm:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from loratools.kinds.declaration import DeltaForm, Kind, Product, Tensors, Weight
-from loratools_formats.core.adapter import KindDelta
+from loratools_formats.core.change import KindDelta
 from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import AdapterError
 
@@ -42,7 +42,7 @@ def _form(delta: KindDelta, _: Weight) -> DeltaForm:
     a = _mixture(tensors, "a", delta.settings["topk"])
     b = _mixture(tensors, "b", delta.settings["topk"])
     if len(a) != b.shape[1]:
-        raise AdapterError("logits of different rank", got=f"{len(a)} and {b.shape[1]}")
+        raise AdapterError("the logits have different ranks", got=f"{len(a)} and {b.shape[1]}")
     return Product(b.transpose(0, 2, 1).reshape(-1, b.shape[1]), a.reshape(len(a), -1))
 
 

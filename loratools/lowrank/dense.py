@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from loratools.lowrank.matrices import loaded
-from loratools_formats.core.adapter import ModuleChange
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.dtypes import Array
 from loratools_formats.core.orientation import is_transposed
 

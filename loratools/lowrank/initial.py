@@ -15,11 +15,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from loratools_formats.core.adapter import (
-    Adapter,
-    LowRank,
-    ModuleChange,
-)
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.dtypes import common_dtype, encode
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError

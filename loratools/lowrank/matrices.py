@@ -10,7 +10,7 @@ import numpy as np
 from loratools.algebra.calibrated import Calibrated
 from loratools.algebra.device import Device
 from loratools.algebra.one_matrix import Matrix
-from loratools_formats.core.adapter import LowRank
+from loratools_formats.core.change import LowRank
 from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import AdapterError
 

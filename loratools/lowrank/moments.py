@@ -16,7 +16,7 @@ from pathlib import Path
 from loratools.work.declared import option
 from loratools_formats.containers.safetensors_read import SafetensorsFile, read_safetensors
 from loratools_formats.containers.safetensors_write import write_safetensors
-from loratools_formats.core.adapter import LowRank
+from loratools_formats.core.change import LowRank
 from loratools_formats.core.dtypes import Array
 from loratools_formats.core.tensors import TensorRef, in_memory
 from loratools_formats.disk import strict_json
@@ -31,8 +31,8 @@ class Calibration:
     """What is known of the inputs.
 
     Attributes:
-        stats: a file of second moments of each module's inputs, as collect_stats of
-            loratools.training makes: the error is made least for those inputs.
+        stats: a file of second moments of each module's inputs, made by collect_stats of
+            loratools.training; the error for those inputs is minimised.
     """
 
     stats: Path | None = option(None, heading="Computing", metavar="FILE")

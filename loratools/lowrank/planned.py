@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loratools_formats.core.adapter import Layer, LowRank
+from loratools_formats.core.change import Layer, LowRank
 from loratools_formats.core.dtypes import DTYPES, DType
 from loratools_formats.core.tensors import TensorRef, unmade
 

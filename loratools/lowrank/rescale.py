@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from loratools_formats.core.adapter import LowRank, ModuleChange
+from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.dtypes import encode, is_power_of_two
 from loratools_formats.core.tensors import TensorRef
 

@@ -24,7 +24,7 @@ from loratools.work.declared import option
 from loratools.work.scratch import Scratch
 from loratools.work.seeds import seed_of_64_bits, seed_of_matrix
 from loratools.work.spellings import dtype as dtype_name
-from loratools_formats.core.adapter import LowRank
+from loratools_formats.core.change import LowRank
 from loratools_formats.core.dtypes import DTYPES, Array, DType, encode, is_power_of_two
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, OptionError
@@ -46,8 +46,9 @@ class ComputeOptions(Computing):
         method: how to decompose: exact, or rsvd, the randomised SVD of the LoRA-Squeeze paper.
         oversample: oversampling of the randomised SVD.
         power_iterations: power iterations of the randomised SVD.
-        seed: seed of all that is random; every matrix derives its own from it.
-        keep_alpha: keep each module's alpha, and scale by alpha/rank; else alpha becomes the rank.
+        seed: seed of all random numbers; every matrix derives its own seed from it.
+        keep_alpha: keep each module's alpha and change the factors accordingly; by default alpha
+            becomes the rank.
 
     Raises:
         OptionError: a number out of range, or an unknown type.

@@ -15,7 +15,7 @@ import numpy as np
 from loratools.algebra.device import Device
 from loratools.algebra.one_matrix import Matrix
 from loratools.lowrank.matrices import matrices
-from loratools_formats.core.adapter import LowRank, ModuleChange
+from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.dtypes import DType, encode
 from loratools_formats.core.tensors import Buffer, TensorRef
 

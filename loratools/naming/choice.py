@@ -58,7 +58,7 @@ class NamedModules:
 
     @classmethod
     def of(cls, adapter: Adapter, names: Mapping[str, str]) -> NamedModules:
-        """Return the modules of an adapter that are called so."""
+        """Return the modules of an adapter that have this name."""
         return cls(names, shapes_of(adapter), adapter.metadata, adapter.source, adapter.base_model)
 
     def place(self, name: str, table: Table) -> Place | TextPlace | None:
@@ -294,7 +294,7 @@ def _lacking(file: NamedModules, table: Table, missing: list[str], where: str) -
     shape = file.shapes.get(name, _UNKNOWN_SHAPE)
     if is_located(file.names[name], table) and None in shape:
         return AdapterError(
-            f"the name is that of several modules in {where}, and the file has no shape of its "
+            f"several modules have this name in {where}, and the file has no shape of its "
             "weight, which would tell them apart",
             path=str(file.source) if file.source else None,
             tensor=file.names[name],
@@ -305,7 +305,7 @@ def _lacking(file: NamedModules, table: Table, missing: list[str], where: str) -
         rows, columns = shape
         count = f", nor have {len(missing) - 1} others" if len(missing) > 1 else ""
         return AdapterError(
-            f"a weight has not the proportions that it has in {where}{count}",
+            f"a weight does not have the proportions that it has in {where}{count}",
             path=str(file.source) if file.source else None,
             tensor=file.names[name],
             got=f"{rows} rows and {columns} columns",

@@ -15,7 +15,8 @@ from loratools.naming.places import (
 )
 from loratools.naming.restructure import fused, is_rounding, rows_of, swapped_halves, units
 from loratools.naming.tables import Place, Row, Table, filled
-from loratools_formats.core.adapter import Adapter, Addition, KindDelta, ModuleChange
+from loratools_formats.core.adapter import Adapter, Addition
+from loratools_formats.core.change import KindDelta, ModuleChange
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
@@ -61,7 +62,7 @@ class Crossing:
 
         Raises:
             AdapterError: two modules become one, or rows do not divide.
-            UnsupportedError: a kind that cannot be taken apart or put together.
+            UnsupportedError: a kind that cannot be split or joined.
         """
         return self._all(self._source.modules)
 

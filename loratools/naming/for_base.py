@@ -21,7 +21,8 @@ from loratools.naming.places import module_key
 from loratools.naming.rename import NamingOptions, all_names, renamed
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.registry import get_format
-from loratools_formats.core.adapter import Adapter, Addition, ModuleChange
+from loratools_formats.core.adapter import Adapter, Addition
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.dtypes import DTYPES, encode
 from loratools_formats.core.single_file_keys import Naming
 from loratools_formats.core.tensors import TensorRef
@@ -120,7 +121,8 @@ def by_component(adapter: Adapter, roles: Collection[str]) -> dict[str, Adapter]
     if missing:
         shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" * (len(missing) > 4))
         raise AdapterError(
-            f"{len(missing)} of the adapter's modules are of a component that the base has not",
+            f"{len(missing)} of the adapter's modules belong to a component that the base "
+            "does not have",
             path=adapter.source,
             got=shown,
             expected=" or ".join("the denoiser" if r == DENOISER else r for r in roles),
@@ -158,7 +160,12 @@ def _module(target: str) -> str:
 
 
 def _with_names(adapter: Adapter, names: Mapping[str, str], base: Checkpoint) -> Adapter:
-    """Return an adapter with the base's names; differences of bare parameters are additions."""
+    """Return an adapter with the base's names; differences of bare parameters are additions.
+
+    Raises:
+        AdapterError: two modules are one in the base.
+    """
+    _check_each_once(adapter, names)
     additions = {}
     for key, addition in adapter.additions.items():
         module, _, leaf = addition.target.rpartition(".")
@@ -176,8 +183,23 @@ def _with_names(adapter: Adapter, names: Mapping[str, str], base: Checkpoint) ->
     return replace(adapter, modules=modules, additions=additions)
 
 
+def _check_each_once(adapter: Adapter, names: Mapping[str, str]) -> None:
+    """Raise `AdapterError` if two modules are one in the base: loaders take either of them."""
+    first: dict[str, str] = {}
+    twice = [name for name in adapter.modules if first.setdefault(names[name], name) != name]
+    if twice:
+        raise AdapterError(
+            "two modules are one in the base",
+            path=adapter.source,
+            tensor=twice[0],
+            got=first[names[twice[0]]],
+            expected="one spelling of each module",
+            hint=_drop(twice, all_names(adapter)),
+        )
+
+
 def _of_parameter(name: str, change: ModuleChange) -> TensorRef | None:
-    """Return what a change adds to a parameter that is no weight; None if it cannot be told."""
+    """Return what a change adds to a parameter that is no weight; None if it is not known."""
     if change.kind == "full" and change.kind_delta is not None:
         return change.kind_delta.parts["diff"]
     part = change.factors

@@ -59,7 +59,7 @@ def module_key(name: str) -> Key | None:
 
 
 def schemes_of(key: Key) -> tuple[Scheme, ...]:
-    """Return the schemes that a module's path may be of, told by its prefix.
+    """Return the schemes that a module's path may belong to, by its prefix.
 
     ai-toolkit puts `diffusion_model.` before the paths of diffusers' Z-Image.
     """

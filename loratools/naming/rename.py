@@ -30,7 +30,8 @@ from loratools.naming.places import (
     target_scheme,
 )
 from loratools.naming.tables import Place, Table, bundled_tables, flattened
-from loratools_formats.core.adapter import Adapter, Addition, ModuleChange, Replacement
+from loratools_formats.core.adapter import Adapter, Addition, Replacement
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.single_file_keys import COMPONENTS, Naming
 from loratools_formats.disk.errors import (
@@ -118,7 +119,7 @@ def _bare(adapter: Adapter, options: NamingOptions) -> Renamed:
     wanted &= {*prefixes.values(), *(() if options.component else ("",))}
     if len(wanted) > 1:
         raise UnsupportedError(
-            "the target holds one component of a pipeline, and the file has several",
+            "the target format holds one component of a pipeline, and the file has several",
             path=adapter.source,
             got=", ".join(sorted(prefix.rstrip(".") or "none" for prefix in wanted)),
             hint="Take one with `component`, and leave out the others with `allow_lossy=True`",
@@ -127,7 +128,9 @@ def _bare(adapter: Adapter, options: NamingOptions) -> Renamed:
     kept = {n: d for n, d in adapter.modules.items() if prefixes.get(n, "") == prefix}
     if not kept:
         raise OptionError(
-            "the adapter has nothing of that component", path=adapter.source, got=options.component
+            "the adapter has no module of that component",
+            path=adapter.source,
+            got=options.component,
         )
     modules = {name.removeprefix(prefix): delta for name, delta in kept.items()}
     left_out = tuple(sorted(set(adapter.modules) - set(kept)))
@@ -195,7 +198,7 @@ def respelled_as(adapter: Adapter, spelling: FileSpelling, table: Table) -> Adap
 
     Raises:
         AdapterError: two modules become one, or rows do not divide.
-        UnsupportedError: kinds that cannot be taken apart or put together.
+        UnsupportedError: kinds that cannot be split or joined.
     """
     file = NamedModules.of(adapter, {name: name for name in all_names(adapter)})
     return _crossed(adapter, file, spelling, [table], NamingOptions()).adapter

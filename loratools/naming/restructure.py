@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from loratools_formats.contract.commands import command_on
-from loratools_formats.core.adapter import KindDelta, LowRank, ModuleChange
+from loratools_formats.core.change import KindDelta, LowRank, ModuleChange
 from loratools_formats.core.dtypes import (
     DTYPES,
     DType,
@@ -38,7 +38,7 @@ def units(name: str, out: int, parts: Sequence[int]) -> int:
     whole = sum(parts)
     if out % whole:
         raise AdapterError(
-            "rows of a fused module do not divide as its parts do",
+            "the rows of a fused module cannot be divided among its parts",
             tensor=name,
             got=out,
             expected=f"a multiple of {whole}",
@@ -70,7 +70,7 @@ def rows_of(name: str, delta: ModuleChange, start: int, stop: int) -> ModuleChan
 
 def _kept_whole(name: str, what: str) -> UnsupportedError:
     return UnsupportedError(
-        f"{what} cannot be taken apart or put together",
+        f"{what} cannot be split or joined",
         tensor=name,
         hint=f"Make it a plain LoRA first: {command_on(None, 'to-lora', '--base MODEL')}",
     )
@@ -114,7 +114,7 @@ def fused(
         name: of the fused module, for messages.
         parts: in the order of their rows; None where nothing changes.
         heights: rows of each.
-        exact: whether rows that `is_rounding` tells of are float64, to measure errors by.
+        exact: whether rows for which `is_rounding` is true are float64, to measure errors.
 
     Raises:
         UnsupportedError: kinds that cannot be put together.

@@ -377,7 +377,7 @@ def find_table(name: str) -> Table:
             return table
     if not name.endswith(".toml"):
         raise OptionError(
-            "there is no table of names called this",
+            "there is no table of names with this name",
             got=name,
             expected=", ".join(table.name for table in bundled_tables()) + " or FILE.toml",
         )

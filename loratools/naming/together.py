@@ -29,7 +29,7 @@ def in_one_spelling(adapters: Sequence[Adapter]) -> list[Adapter] | None:
     Raises:
         AdapterError: some modules have two spellings, and no table has all of the others.
         OptionError: several tables have them, and they disagree.
-        UnsupportedError: kinds that cannot be taken apart or put together.
+        UnsupportedError: kinds that cannot be split or joined.
     """
     files = [
         NamedModules.of(adapter, {name: name for name in all_names(adapter)})

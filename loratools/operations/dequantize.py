@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -134,7 +135,10 @@ def dequantize(
     view = dequantised(base)
     if not view.weights:
         raise AdapterError(
-            "no quantised weights there", path=base.path, got=_method(stated_of(base))
+            "no quantised weights there",
+            path=base.path,
+            got=_method(stated_of(base)),
+            hint=f"To see what it holds: loratools info {shlex.quote(str(base.path))}",
         )
     stored = DTYPES[dtype.upper()]
     jobs = {key: _Job(weight, stored) for key, weight in view.weights.items()}

@@ -21,8 +21,10 @@ from loratools.folding.without_base import folds_alone
 from loratools.lowrank.matrices import matrices
 from loratools.work.selection import Dropping
 from loratools_formats.contract.registry import get_format
-from loratools_formats.core.adapter import Adapter, KindDelta, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import KindDelta, ModuleChange
 from loratools_formats.core.findings import Finding
+from loratools_formats.core.peft_facts import without_gaps
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, LoratoolsError, OptionError
 
@@ -76,7 +78,9 @@ def _without(adapter: Adapter, dropping: Dropping) -> Adapter:
     if not gone:
         return adapter
     left = set(gone)
-    modules = {name: change for name, change in adapter.modules.items() if name not in left}
+    modules = without_gaps(
+        {name: change for name, change in adapter.modules.items() if name not in left}
+    )
     additions = {k: a for k, a in adapter.additions.items() if _module_of(a.target) not in left}
     replacements = {
         k: r for k, r in adapter.replacements.items() if _module_of(r.target) not in left
@@ -128,7 +132,7 @@ def _told(adapter: Adapter, gone: Sequence[str]) -> str:
         text += f"; {lost / whole if whole else 0.0:.2%} of the energy ‖ΔW‖²"
     unknown = [name for name in energies if name not in known]
     if unknown:
-        text += f"; the energy of {_several(unknown)} cannot be told"
+        text += f"; the energy of {_several(unknown)} is not known"
     return text
 
 

@@ -22,7 +22,8 @@ from loratools_formats.checkpoints import expert_classes
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.facts import DEFAULT_HEAD, head_of
 from loratools_formats.contract.commands import command_on
-from loratools_formats.core.adapter import Adapter, Layer, ModuleChange, Replacement
+from loratools_formats.core.adapter import Adapter, Replacement
+from loratools_formats.core.change import Layer, ModuleChange
 from loratools_formats.core.peft_facts import declared, replaced_name, targets
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
@@ -158,7 +159,11 @@ def _whole(
     placements = [placement for placement, _ in members if placement is not None]
     if len(placements) < len(members):
         if len(members) > 1:
-            raise AdapterError("two modules are one in the base", path=adapter.source, tensor=key)
+            raise AdapterError(
+                "two modules of the adapter are one module in the base",
+                path=adapter.source,
+                tensor=key,
+            )
         change = members[0][1]
         if not change.layer.parameters and (change.is_dora or not names.is_bare(key)):
             return change
@@ -166,7 +171,7 @@ def _whole(
         return change.with_direction(replace(change.direction, layer=layer))
     if any(change.is_dora for _, change in members):
         raise UnsupportedError(
-            "the base divides the module otherwise, and a DoRA cannot be cut or put together",
+            "the base splits the module differently, and a DoRA cannot be split or joined",
             path=adapter.source,
             tensor=placements[0].module,
             hint="Make it a plain LoRA first: "

@@ -9,7 +9,8 @@ from typing import Any
 
 from loratools.operations.training_facts import components, training_facts
 from loratools.work.json_object import named
-from loratools_formats.core.adapter import Adapter, Dialect, ModuleChange
+from loratools_formats.core.adapter import Adapter, Dialect
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.findings import Finding
 
 

@@ -1,4 +1,4 @@
-"""Which names of adapters mean one module, as far as that shows without the base.
+"""Which names of adapters mean one module, as far as it is known without the base.
 
 Names that differ by wrappers alone are of one module: `model.layers.0` and
 `model.language_model.layers.0` of a model before and after transformers 4.52. Of fused and split
@@ -13,7 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from loratools.base.placement import rules
-from loratools_formats.core.adapter import Adapter, Layer
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import Layer
+from loratools_formats.core.peft_facts import owner
 from loratools_formats.core.wrapped_names import unwrapped
 
 _CHOICES = (
@@ -26,8 +28,8 @@ _TOGETHER = frozenset(name for names in _FUSED.values() for name in names)
 _EXPERTS = re.compile(
     r"(?P<layer>(?:.*\.)?\d+)\.(?:.+\.)?(?P<kind>experts|switch_mlp)\b(?P<rest>.*)"
 )
+_PROJECTION = re.compile(r"\.(?:gate|up|down)_proj")
 _NUMBERED = re.compile(r"(?:.*?\.)?\d+(?=\.)")
-_NESTED = ".base_layer"
 _NEUTRAL = rules.NEUTRAL | {"thinker"}
 
 
@@ -102,16 +104,15 @@ def _places(module: str, layer: Layer) -> Iterator[tuple[str, str]]:
     experts = _EXPERTS.fullmatch(loose)
     if experts is not None:
         single = re.match(r"\.\d+\.", experts["rest"]) is not None
-        stacked = (
-            "stacked" if layer.parameters and experts["kind"] == "experts" else experts["kind"]
-        )
+        of_mlx = experts["kind"] != "experts" or _PROJECTION.fullmatch(experts["rest"])
+        stacked = "stacked" if layer.parameters and not of_mlx else experts["kind"]
         kind = "single" if single else stacked
         head = module.partition(experts["kind"])[0]
         yield f"{experts['layer']} experts", f"{kind} {head}"
         return
-    owner = _NUMBERED.match(loose) if layer.kind == "experts" else None
-    if owner is not None:
-        yield f"{owner[0]} experts", f"stack of {loose.rpartition('.')[0]}"
+    numbered = _NUMBERED.match(loose) if layer.kind == "experts" else None
+    if numbered is not None:
+        yield f"{numbered[0]} experts", f"stack of {loose.rpartition('.')[0]}"
         return
     yield loose, module
     parent, _, leaf = loose.rpartition(".")
@@ -128,8 +129,5 @@ def _parameters(module: str, layer: Layer) -> Iterator[tuple[str, str]]:
     leaf = layer.parameters[0].rpartition(".")[2]
     if leaf == "weight":  # a module of its own
         return
-    owner = module
-    while owner.endswith(_NESTED):
-        owner = owner.removesuffix(_NESTED)
-    yield f"{owner} {leaf}", f"{module}"
+    yield f"{owner(module)} {leaf}", f"{module}"
     yield f"{module} is", leaf

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from loratools_formats.core.adapter import Layer
+from loratools_formats.core.change import Layer
 from loratools_formats.core.peft_facts import stacked_on_loading
 
 

@@ -1,4 +1,4 @@
-"""A schedule of squeezes from what people say of it, and how their trainer is told.
+"""A schedule of squeezes from a few numbers, and the configuration of a trainer for it.
 
 The snippets are whole: the code that makes the schedule, and what names it in the configuration of
 axolotl or LLaMA-Factory. Sources: `add_callbacks_pre_trainer` and `post_train` of axolotl's
@@ -28,9 +28,9 @@ class Planning:
         target: the rank that it ends with.
         stages: number of ranks; by default each is about half of the one before.
         steps: optimizer steps of the whole run.
-        allot: how stages share the steps: equal, or rank, in proportion to their rank.
-        least_steps: steps that each stage gets at least, where they are shared by rank.
-        trainer: whose configuration to show: transformers, axolotl or llama-factory.
+        allot: how the steps are divided among stages: equal, or rank (in proportion to the ranks).
+        least_steps: the least number of steps of a stage, if steps are divided by rank.
+        trainer: the trainer whose configuration is shown: transformers, axolotl or llama-factory.
 
     Raises:
         OptionError: a value out of range, or of the wrong type.

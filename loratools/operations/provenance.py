@@ -1,4 +1,4 @@
-"""The way back from an output to what it was made from, as statements and metadata tell it.
+"""How an output was made, back to the originals, as statements and metadata record it.
 
 Nothing is computed: who says so is the file beside the output (or its metadata), and the digest of
 every subject shows whether it speaks of the bytes that are there.
@@ -6,7 +6,6 @@ every subject shows whether it speaks of the bytes that are there.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Literal
 from loratools.work.digests_of import digest_like
 from loratools.work.history import about, from_metadata, tells_how, unfolded
 from loratools_formats.containers.safetensors_read import read_safetensors
+from loratools_formats.contract.path_kinds import missing
 from loratools_formats.disk.errors import AdapterError, LoratoolsError, MissingFileError
 from loratools_formats.disk.provenance import PROVENANCE_FILE, load_statement, sha256_of
 
@@ -109,8 +109,8 @@ def statement_of(path: Path) -> dict[str, Any]:
         MissingFileError: nothing is there, or nothing says how it was made.
         AdapterError: the statement is not sound.
     """
-    if not os.path.lexists(path):
-        raise MissingFileError("no such file or folder", path=path)
+    if not path.exists():
+        raise missing(path)
     if path.name.endswith(PROVENANCE_FILE):
         return load_statement(path)
     place = path / PROVENANCE_FILE if path.is_dir() else Path(f"{path}.{PROVENANCE_FILE}")
@@ -123,6 +123,7 @@ def statement_of(path: Path) -> dict[str, Any]:
             "nothing says how it was made",
             path=path,
             expected=f"{place.name} beside or inside it, or metadata of loratools",
+            hint="Only outputs of loratools have one; `loratools info PATH` tells what it is",
         )
     return told
 

@@ -26,7 +26,8 @@ from loratools.work.call import kept
 from loratools.work.parallel import in_order
 from loratools.work.provenance import record_metadata
 from loratools_formats.contract.registry import get_format
-from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.disk.errors import LoratoolsError, OptionError, UnsupportedError
 from loratools_formats.disk.provenance import with_record
 

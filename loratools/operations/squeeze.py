@@ -36,7 +36,8 @@ from loratools.work.provenance import InputFile, operation_record
 from loratools.work.scratch import Scratch
 from loratools.work.selection import Selection
 from loratools_formats.contract.registry import get_format
-from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 
 
@@ -119,10 +120,10 @@ def squeeze(
     work = _Squeeze(adapter, rule, options, selection, scratch_folder, moments, scaling, nbytes_of)
     rule.check_patterns(work.chosen)
     if rule.uniform and len(work.chosen) < len(work.names):
-        raise OptionError("uniform concerns all modules, and some are not selected")
+        raise OptionError("`uniform` changes all modules, and some are not selected")
     if rule.uniform and options.keep_alpha and len(work.alphas()) > 1:
         raise OptionError(
-            "uniform wants one scale, and keeping alpha keeps several",
+            "`uniform` needs one scale, and `keep_alpha` keeps several",
             got=", ".join(f"{alpha:g}" for alpha in sorted(work.alphas())),
             hint="Leave out `keep_alpha` or `uniform`",
         )

@@ -28,7 +28,8 @@ from loratools.operations.in_class_names import renamed_to_class
 from loratools.work.parallel import check_workers, in_order, usable_cores
 from loratools.work.provenance import operation_record, record_metadata
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.dtypes import Array
 from loratools_formats.core.tensors import in_memory
 from loratools_formats.disk.errors import (
@@ -115,7 +116,7 @@ def to_dora(
     adapter = folded_exactly(adapter, "to-dora", scratch_folder, base)
     adapter = renamed_to_class(adapter, base)
     if not adapter.modules:
-        raise AdapterError("no module to turn into a DoRA", path=adapter.source)
+        raise AdapterError("there is no module to turn into a DoRA", path=adapter.source)
     _refuse_biases(adapter)
 
     seen = seen_by(adapter, base)
@@ -170,7 +171,7 @@ def _one(
     delta = whole.require_factors()
     if delta.layer.kind == "experts" or delta.layer.parameters:
         raise UnsupportedError(
-            "stacked experts cannot be a DoRA, PEFT has no such thing", tensor=name
+            "stacked experts cannot be a DoRA, since PEFT has none for them", tensor=name
         )
     place = find_base_module(names, in_base, delta)
     ((b, a),) = loaded(delta)

@@ -1,6 +1,7 @@
 """Every kind of adapter as plain low-rank factors, at the smallest error that is possible.
 
-Three cases. A kind that is a product of two factors in disguise folds exactly, to rounding. Any
+Three cases. A kind whose change is a product of two factors is converted exactly, up to rounding.
+Any
 other change is approximated by its leading singular triplets, and the error of the stored factors
 is measured against the true change. A change that depends on the base weight (DoRA, OFT, IA³ …) is
 built from it a block of rows at a time. What the kinds mean is in `loratools.kinds`.
@@ -40,17 +41,19 @@ from loratools.work.provenance import operation_record
 from loratools.work.scratch import Scratch
 from loratools.work.spellings import key_value
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.core.adapter import Adapter, KindDelta, LowRank, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import KindDelta, LowRank, ModuleChange
 from loratools_formats.core.dtypes import DTYPES
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 
 
 @dataclass(frozen=True)
 class ToLoraOptions:
-    """What folding is told besides ranks and how to compute.
+    """Options of folding, besides ranks and options of computing.
 
     Attributes:
-        set_: what the change depends on and neither the file nor the base's config.json tells.
+        set_: a value that the change depends on, and that neither the file nor the base's
+            config.json holds.
         exact: keep changes that are not of low rank whole, as full differences, where the format
             has them.
     """
@@ -145,7 +148,7 @@ def to_lora(
         progress: called with (modules done, modules in all).
 
     Raises:
-        UnsupportedError: the change cannot be told, or not without the base.
+        UnsupportedError: the change is not known, or not without the base.
         OptionError: no rule, where a change has no exact factors and is not to be kept whole.
         AdapterError: nothing to fold, NaN or infinite values, or tensors that do not fit.
     """
@@ -196,7 +199,7 @@ def to_lora_choices(
     """Return what ranks would cost and lose, None if every module folds exactly.
 
     Raises:
-        UnsupportedError: the change cannot be told, or not without the base.
+        UnsupportedError: the change is not known, or not without the base.
         AdapterError: nothing to fold, NaN or infinite values, or tensors that do not fit.
     """
     complete = regenerated(adapter, base, given or {})
@@ -245,7 +248,7 @@ class _ToLora(Ranked[_Converted, _Measured]):
     ) -> None:
         adapter.require_true_delta("to-lora")
         if not adapter.modules:
-            raise AdapterError("no module to fold", path=adapter.source)
+            raise AdapterError("no module to convert", path=adapter.source)
         self.modules = adapter.modules
         self.whole = whole
         self.opener = Opener(adapter, rule, options, base)

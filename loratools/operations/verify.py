@@ -28,20 +28,13 @@ from loratools.work.declared import option
 from loratools.work.parallel import in_order, usable_cores
 from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from loratools_formats.checkpoints.pipelines import weighted_folders
-from loratools_formats.core.dtypes import Array, DType, round_into
+from loratools_formats.core.dtypes import SPACINGS, Array, DType, round_into
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
 
 Verdict = Literal["exact", "within rounding", "not contained", "not checked"]
 
 _PRODUCT_ROUNDING = 2.0**-20
-# Relative distance of neighbouring numbers, and the smallest one, of each type.
-_SPACING = {
-    "F64": (2.0**-52, 2.0**-1074),
-    "F32": (2.0**-23, 2.0**-149),
-    "F16": (2.0**-10, 2.0**-24),
-    "BF16": (2.0**-7, 2.0**-133),
-}
 # PEFT merges a DoRA in the type of its factors: it rounds the sum, its norm, the magnitude over the
 # norm, and the product, half a unit each, twice as much as what `_tolerance` says.
 _DORA_ROUNDINGS = 2
@@ -55,7 +48,7 @@ class Claim:
     """What a checkpoint is said to be made from, beside its base.
 
     Attributes:
-        adapter: what it should contain.
+        adapter: the adapter that should be contained.
     """
 
     adapter: tuple[str, ...] = option((), heading="Input", metavar="ADAPTER[:WEIGHT]")
@@ -148,7 +141,7 @@ def verify(
         raise
 
     def judged(plan: TensorPlan) -> TensorVerdict:
-        return _judged(plan, new)
+        return _judged(plan, old, new)
 
     verdicts: list[TensorVerdict] = []
     for verdict in in_order(judged, plans.values(), workers or usable_cores()):
@@ -223,7 +216,9 @@ def _without_drop(error: AdapterError) -> str | None:
     )
 
 
-def _judged(plan: TensorPlan, new: DequantisedCheckpoint) -> TensorVerdict:
+def _judged(
+    plan: TensorPlan, old: DequantisedCheckpoint, new: DequantisedCheckpoint
+) -> TensorVerdict:
     there = new.checkpoint.tensors.get(plan.key)
     if there is None:
         reason = "no tensor of that name"
@@ -231,6 +226,9 @@ def _judged(plan: TensorPlan, new: DequantisedCheckpoint) -> TensorVerdict:
     if there.shape != plan.source.shape:
         reason = f"shape {list(there.shape)}, expected {list(plan.source.shape)}"
         return TensorVerdict(plan.key, "not contained", plan.is_touched, reason=reason)
+    coded = old.weights.get(plan.key), new.weights.get(plan.key)
+    if not plan.is_touched and _same_codes(*coded):
+        return TensorVerdict(plan.key, "exact", touched=False)
     exactly = plan.key not in new.stored
     if exactly and plan.is_copy and _same_bytes(plan.source, there):
         return TensorVerdict(plan.key, "exact", plan.is_touched)
@@ -246,6 +244,15 @@ def _same_bytes(one: TensorRef, other: TensorRef) -> bool:
         bytes(one.raw_range(start, min(start + _COMPARED, one.nbytes)))
         == bytes(other.raw_range(start, min(start + _COMPARED, one.nbytes)))
         for start in range(0, one.nbytes, _COMPARED)
+    )
+
+
+def _same_codes(one: CodedWeight | None, other: CodedWeight | None) -> bool:
+    """Return whether two weights are quantised alike, and all their tensors equal."""
+    if one is None or other is None or one.scheme != other.scheme or one.dtype != other.dtype:
+        return False
+    return [part.key for part in one.parts] == [part.key for part in other.parts] and all(
+        _same_bytes(*pair) for pair in zip(one.parts, other.parts, strict=True)
     )
 
 
@@ -313,11 +320,11 @@ def _tolerance(dtype: DType, wanted: Array, change: Array) -> Array:
     The second is for tools that round the change before they add it. Errors of products in float32
     are allowed for too.
     """
-    spacing, smallest = _SPACING[dtype.code]
+    spacing = SPACINGS[dtype.code]
     largest = float(np.abs(change).max(initial=0.0))
     tolerance: Array = np.abs(wanted) + np.abs(change)
-    tolerance *= spacing
-    tolerance += _PRODUCT_ROUNDING * largest + smallest
+    tolerance *= spacing.relative
+    tolerance += _PRODUCT_ROUNDING * largest + spacing.smallest
     return tolerance
 
 

@@ -29,8 +29,8 @@ class Replaying:
     """Where inputs are found, and whether to keep what is made.
 
     Attributes:
-        inputs: where an input may be: an adapter, a model, or a folder that holds some.
-        output: keep what is made, here.
+        inputs: a place to look for inputs: an adapter, a model, or a folder that holds some.
+        output: keep the repeated output here.
     """
 
     inputs: tuple[Path, ...] = option((), heading="Input", name="input", metavar="PATH")

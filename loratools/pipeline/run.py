@@ -22,6 +22,7 @@ from loratools.pipeline.state import (
     digests,
     is_done,
     read_state,
+    restore_state,
     write_state,
 )
 from loratools.pipeline.steps import Step, StepInput
@@ -40,7 +41,7 @@ class Running:
 
     Attributes:
         output: folder of results; by default one beside the recipe, with its name.
-        only: run this step alone; what it reads must be made already.
+        only: run only this step; the results that it reads must exist.
         set_: a variable of the recipe and its value.
         dry_run: check, compute and report sizes, but write nothing.
         overwrite: replace results that no run of the recipe has made.
@@ -109,9 +110,9 @@ def run(
     threads: Workers,
     progress: Progress | None = None,
 ) -> RunResult:
-    r"""Run a recipe: operations one after another, resumed where it was stopped.
+    r"""Run a recipe: operations one after another, resumed where a run stopped.
 
-    The recipe is checked whole before the first step. A step is passed over if its options, what it
+    The whole recipe is checked before the first step. A step is skipped if its options, what it
     reads and the version are those of an earlier run, and its result is still there.
 
     >>> import pathlib, tempfile
@@ -139,7 +140,9 @@ def run(
     folder = options.output or path.with_suffix("")
     names = [step.name for step in read.steps]
     if options.only is not None and options.only not in names:
-        raise OptionError("no such step", got=options.only, expected=", ".join(names))
+        raise OptionError(
+            "the recipe has no such step", got=options.only, expected=", ".join(names)
+        )
     if folder == path:
         raise OptionError("the recipe has no suffix", path=path, hint="Pass `output=FOLDER`")
     check_target(folder, [], overwrite=True)
@@ -249,8 +252,14 @@ class _Run:
 
     def _made(self, step: Step, output: Path | None, key: str | None) -> RanStep:
         assert key is not None
+        before, there = read_state(self._folder, step.name), _identity(output)
         write_state(self._folder, step.name, StepState(key, None))
-        result = self._call(step, output)
+        try:
+            result = self._call(step, output)
+        except BaseException:
+            if _identity(output) == there:  # nothing of ours: a user's file stays a user's
+                restore_state(self._folder, step.name, before)
+            raise
         if result.to_dict().get("passed") is False:
             return RanStep(step.name, step.operation, "failed", None, None, None)
         files = {} if output is None else digests(output)
@@ -360,6 +369,15 @@ def _named(step: Step) -> Iterator[None]:
     except LoratoolsError as error:
         error.message = f"step {step.name}: {error.message}"
         raise
+
+
+def _identity(output: Path | None) -> tuple[int, ...] | None:
+    """Return what tells whether a result was put in the place of another; None if none is there."""
+    try:
+        found = None if output is None else os.lstat(output)
+    except OSError:
+        return None
+    return None if found is None else (found.st_dev, found.st_ino, found.st_mtime_ns)
 
 
 def _size(output: Path) -> int:

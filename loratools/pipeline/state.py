@@ -7,6 +7,7 @@ what a killed process left is known as ours and made again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -98,6 +99,17 @@ def write_state(folder: Path, name: str, state: StepState) -> None:
     text = json.dumps({"files": state.files, "key": state.key}, indent=1, sort_keys=True)
     with publish_file(place, overwrite=True) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def restore_state(folder: Path, name: str, before: StepState | None) -> None:
+    """Take back that a step began, if that can be written: it failed and made nothing."""
+    with contextlib.suppress(LoratoolsError, OSError):
+        if before is not None:
+            write_state(folder, name, before)
+            return
+        place = _place(folder, name)
+        place.unlink()
+        place.parent.rmdir()  # if it is empty
 
 
 def is_done(state: StepState | None, key: str, output: Path | None) -> bool:

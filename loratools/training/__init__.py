@@ -8,21 +8,17 @@ adapter takes.
 
 from __future__ import annotations
 
+from loratools.operations.schedule import SqueezeSchedule
 from loratools_formats.disk.errors import MissingDependencyError
 
 try:
-    import peft  # noqa: F401
-    import torch  # noqa: F401
-    import transformers  # noqa: F401
+    from loratools.training.callback import SqueezeCallback
+    from loratools.training.live import SqueezedModel, squeeze_model
+    from loratools.training.stats import CollectedStats, collect_stats
 except ImportError as error:
     raise MissingDependencyError(
         f"squeezing while training needs {error.name}", hint="pip install 'loratools[train]'"
     ) from error
-
-from loratools.operations.schedule import SqueezeSchedule
-from loratools.training.callback import SqueezeCallback
-from loratools.training.live import SqueezedModel, squeeze_model
-from loratools.training.stats import CollectedStats, collect_stats
 
 __all__ = [
     "CollectedStats",

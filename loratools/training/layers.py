@@ -7,104 +7,96 @@ sizes of its inner layers, the patterns of the configuration) follows the new fa
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding, ParamWrapper, _ConvNd
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from loratools_formats.core.adapter import Layer, LowRank, ModuleChange
+from loratools_formats.core.change import LowRank, ModuleChange
+from loratools_formats.core.factors import alpha_of
 from loratools_formats.core.peft_patterns import settings_of
-from loratools_formats.core.tensors import TensorRef, of_torch
+from loratools_formats.core.tensors import of_torch
 from loratools_formats.disk.errors import OptionError, UnsupportedError
 
+AlphaPolicy = Literal["keep-scale", "sqrt"]
+Factors = tuple[torch.Tensor, torch.Tensor]
 _TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _STARTS = (True, False, "gaussian", "orthogonal", "eva")  # the others change the base weights, too
 _VARIANTS = ("Dora", "ALora")  # whose change is scale · b @ a, or has it as its direction
-_SPREAD = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
-Settings = Mapping[str, tuple[int, float]]
-"""(rank, alpha) by module path."""
 
 
 @dataclass(frozen=True)
 class LiveLayer:
-    """One layer of an adapter.
+    """One layer of an adapter, as it is when it is looked at.
 
     Attributes:
         name: module path, as in a saved adapter.
         module: PEFT's layer.
         adapter: name of the adapter.
+        a: (r, in) or (r, in, *kernel).
+        b: (out, r) or (out, r, 1, …).
+        bias: (out,), of the second factor; None if it has none.
+        alpha: the number that scaling comes from.
     """
 
     name: str
     module: Any
     adapter: str
+    a: torch.nn.Parameter
+    b: torch.nn.Parameter
+    bias: torch.nn.Parameter | None
+    alpha: float
 
-    def place(self, side: str) -> tuple[Any, str]:
-        """Return what holds a factor, `A` or `B`, as an attribute, and the attribute's name."""
-        if isinstance(self.module, Embedding):  # bare parameters
-            return getattr(self.module, f"lora_embedding_{side}"), self.adapter
-        return getattr(self.module, f"lora_{side}")[self.adapter], "weight"
-
-    @property
-    def a(self) -> torch.nn.Parameter:
-        """(r, in), or (r, in, *kernel)."""
-        found: torch.nn.Parameter = getattr(*self.place("A"))
-        return found
-
-    @property
-    def b(self) -> torch.nn.Parameter:
-        """(out, r), or (out, r, 1, …)."""
-        found: torch.nn.Parameter = getattr(*self.place("B"))
-        return found
-
-    @property
-    def bias(self) -> torch.nn.Parameter | None:
-        """(out,), of the second factor; None if it has none."""
-        return getattr(self.place("B")[0], "bias", None)
+    @classmethod
+    def of(cls, name: str, module: Any, adapter: str) -> LiveLayer:
+        """Return a layer as it is now."""
+        a, b = (getattr(*_place(module, adapter, side)) for side in "AB")
+        bias = getattr(_place(module, adapter, "B")[0], "bias", None)
+        return cls(name, module, adapter, a, b, bias, module.lora_alpha[adapter])
 
     @property
     def rank(self) -> int:
-        """Rank r."""
+        """Rank r of the factors."""
         return len(self.a)
 
     @property
-    def alpha(self) -> float:
-        """The number that scaling comes from."""
-        found: float = self.module.lora_alpha[self.adapter]
-        return found
+    def scaling(self) -> float:
+        """The number that multiplies the product of the factors."""
+        return self.scale(self.rank, self.alpha)
 
-    @property
-    def is_rslora(self) -> bool:
-        """Whether scaling is alpha/√r, and not alpha/r."""
-        return bool(self.module.use_rslora.get(self.adapter, False))
+    def alpha_at(self, rank: int, policy: AlphaPolicy) -> float:
+        """Return the alpha for another rank, a whole number if it is one.
 
-    def scale(self, alpha: float, rank: int) -> float:
-        """Return the scale that PEFT makes of an alpha and a rank."""
-        return alpha / math.sqrt(rank) if self.is_rslora else alpha / rank
+        With scaling alpha/√r, alpha in proportion to √r also keeps the scale.
+        """
+        if rank == self.rank:
+            return self.alpha
+        if policy == "keep-scale" and not self.module.use_rslora.get(self.adapter):
+            return alpha_of(rank, self.alpha / self.rank)
+        found = self.alpha * math.sqrt(rank / self.rank)
+        return int(found) if found.is_integer() else found
+
+    def scale(self, rank: int, alpha: float) -> float:
+        """Return the scale that PEFT makes of a rank and an alpha."""
+        return alpha / (math.sqrt(rank) if self.module.use_rslora.get(self.adapter) else rank)
 
     def change(self) -> ModuleChange:
         """Return its change; tensors are read from the model when they are asked for."""
-        kernel = tuple(self.a.shape[2:])
-        embeds = isinstance(self.module, Embedding)
-        factors = LowRank(
-            of_torch(f"{self.name}.a", self.a).reshaped((self.rank, self.a[0].numel())),
-            of_torch(f"{self.name}.b", self.b).reshaped((len(self.b), self.rank)),
-            self.scale(self.alpha, self.rank),
-            Layer("embedding" if embeds else "conv" if kernel else "linear", kernel),
-            self._ref("bias", self.bias),
-            alpha=self.alpha,
-        )
         magnitudes = getattr(self.module, "lora_magnitude_vector", {})
-        of_dora = magnitudes[self.adapter].weight if self.adapter in magnitudes else None
-        return ModuleChange(factors, self._ref("magnitude", of_dora))
-
-    def _ref(self, part: str, tensor: torch.Tensor | None) -> TensorRef | None:
-        return None if tensor is None else of_torch(f"{self.name}.{part}", tensor)
+        magnitude = magnitudes[self.adapter].weight if self.adapter in magnitudes else None
+        a, b = (factor.reshape(len(factor), -1) for factor in (self.a, self.b))
+        parts = {"a": a, "b": b, "bias": self.bias, "magnitude": magnitude}
+        held = {n: of_torch(f"{self.name}.{n}", p) for n, p in parts.items() if p is not None}
+        bias = held.get("bias")
+        factors = LowRank(held["a"], held["b"], self.scaling, bias=bias, alpha=self.alpha)
+        return ModuleChange(factors, held.get("magnitude"))
 
     def put(self, a: torch.Tensor, b: torch.Tensor) -> None:
         """Give it new factors, which become parameters on the device and of the type of the old.
@@ -113,152 +105,162 @@ class LiveLayer:
             a: (r, in · kernel).
             b: (out, r).
         """
-        shapes = (len(a), *self.a.shape[1:]), (*b.shape, *self.b.shape[2:])
-        for side, old, new, shape in zip("AB", (self.a, self.b), (a, b), shapes, strict=True):
-            made = new.reshape(shape).to(old.device, old.dtype)
-            setattr(*self.place(side), torch.nn.Parameter(made, old.requires_grad))
-
-    def settle(self, rank: int, alpha: float) -> None:
-        """Let what PEFT keeps of the layer say its rank and alpha."""
-        self.module.r[self.adapter], self.module.lora_alpha[self.adapter] = rank, alpha
-        self.module.scaling[self.adapter] = self.scale(alpha, rank)
+        shaped_a = a.reshape(len(a), *self.a.shape[1:])
+        shaped_b = b.reshape(*b.shape, *self.b.shape[2:])
+        for side, old, new in (("A", self.a, shaped_a), ("B", self.b, shaped_b)):
+            made = torch.nn.Parameter(new.to(old.device, old.dtype), old.requires_grad)
+            setattr(*_place(self.module, self.adapter, side), made)
         if not isinstance(self.module, Embedding):
             words = "channels" if isinstance(self.module, _ConvNd) else "features"
-            setattr(self.place("A")[0], f"out_{words}", rank)
-            setattr(self.place("B")[0], f"in_{words}", rank)
+            setattr(self.module.lora_A[self.adapter], f"out_{words}", len(a))
+            setattr(self.module.lora_B[self.adapter], f"in_{words}", len(a))
+
+
+def _place(module: Any, adapter: str, side: str) -> tuple[Any, str]:
+    """Return what holds a factor, `A` or `B`, as an attribute, and the attribute's name."""
+    if isinstance(module, Embedding):  # bare parameters
+        return getattr(module, f"lora_embedding_{side}"), adapter
+    return getattr(module, f"lora_{side}")[adapter], "weight"
+
+
+@dataclass(frozen=True)
+class LiveAdapter:
+    """One adapter of a live model, as it is when it is looked at.
+
+    Attributes:
+        model: the model, without what training wraps around it.
+        name: the adapter's.
+        layers: the adapter's layers by module path, in the model's order.
+    """
+
+    model: PeftModel
+    name: str
+    layers: Mapping[str, LiveLayer]
+
+    @classmethod
+    def of(cls, model: Any, name: str | None = None) -> LiveAdapter:
+        """Return an adapter of a model as it is now, by default the active one.
+
+        Raises:
+            OptionError: no PEFT model, no such adapter, or several are active.
+        """
+        model = unwrapped(model)
+        names = model.active_adapters if name is None else [name]
+        if len(names) != 1 or names[0] not in model.peft_config:
+            problem = "not one active adapter" if name is None else "no such adapter"
+            known = f"one of {', '.join(model.peft_config)}"
+            raise OptionError(problem, got=", ".join(names) or None, expected=known)
+        layers = {
+            path: LiveLayer.of(path, module, names[0])
+            for path, module in model.base_model.model.named_modules()
+            if isinstance(module, LoraLayer) and names[0] in module.r
+        }
+        return cls(model, names[0], layers)
+
+    def check(self) -> LiveAdapter:
+        """Return it if each of its layers can get other factors in place.
+
+        Raises:
+            UnsupportedError: one cannot, or it is no LoRA on an unchanged base.
+        """
+        config: Any = self.model.peft_config[self.name]
+        start = getattr(config, "init_lora_weights", True)
+        if config.peft_type != "LORA" or start not in _STARTS:
+            raise UnsupportedError(
+                "only the factors of a LoRA on an unchanged base can be squeezed in training",
+                got=f"{config.peft_type}, init_lora_weights={start}",
+                hint="Squeeze the saved adapter: "
+                "loratools squeeze ADAPTER --initial FIRST --rank 8 -o plain",
+            )
+        owners: dict[int, str] = {}
+        for each in self.layers.values():
+            reasons = [reason for reason, applies in _obstacles(each).items() if applies]
+            for factor in () if reasons else (each.a, each.b):
+                owner = owners.setdefault(factor.untyped_storage().data_ptr(), each.name)
+                reasons += [f"shares a factor with {owner}"] if owner != each.name else []
+            if reasons:
+                raise UnsupportedError(
+                    f"the layer {reasons[0]}, so its factors cannot be replaced", tensor=each.name
+                )
+        return self
+
+    @property
+    def copies(self) -> list[DistributedDataParallel]:
+        """What averages the model's gradients over processes, which Trainers show nobody."""
+        is_alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        everything = () if is_alone else gc.get_objects()
+        found = [each for each in everything if issubclass(type(each), DistributedDataParallel)]
+        return [each for each in found if any(module is self.model for module in each.modules())]
+
+    def put(
+        self, settings: Mapping[str, tuple[int, float]], factors: Mapping[str, Factors]
+    ) -> LiveAdapter:
+        """Give layers other ranks and alphas, and return the adapter as it is then.
+
+        Args:
+            settings: (rank, alpha) by module path, for layers that get others.
+            factors: of those with another rank: A, (r, in · kernel), and B, (out, r). Without, they
+                are zeros, which wait to be loaded.
+        """
+        for path, (rank, alpha) in settings.items():
+            layer = self.layers[path]
+            if path in factors:
+                layer.put(*factors[path])
+            elif rank != layer.rank:
+                a, b = layer.a, layer.b
+                layer.put(a.new_zeros(rank, a[0].numel()), b.new_zeros(len(b), rank))
+            module = layer.module
+            module.r[self.name], module.lora_alpha[self.name] = rank, alpha
+            module.scaling[self.name] = layer.scale(rank, alpha)
+        now = LiveAdapter.of(self.model, self.name)
+        config: Any = self.model.peft_config[self.name]
+        everything = {path: (each.rank, each.alpha) for path, each in now.layers.items()}
+        for key, value in settings_of(everything).items():
+            setattr(config, key, value)
+        if isinstance(config.init_lora_weights, str):  # loading would begin so again, at odd ranks
+            config.init_lora_weights = True
+        for copy in self.copies:  # as unpickling does: it looks for its parameters anew
+            copy.__setstate__(copy.__getstate__())  # type: ignore[no-untyped-call]
+        return now
 
 
 def unwrapped(model: Any) -> PeftModel:
     """Return the PEFT model inside what training wraps around it.
 
     Raises:
-        OptionError: there is none.
-        UnsupportedError: it is spread over processes.
+        OptionError: there is none, or what is around it spreads its parameters over processes.
     """
     while not isinstance(model, PeftModel):
-        name = type(model).__name__
-        if name in _SPREAD:
-            raise UnsupportedError(
-                "parameters that are spread over processes cannot be replaced",
-                got=name,
-                hint="Train in one process, or squeeze the saved adapter and go on from that",
-            )
-        inner = getattr(model, "_orig_mod", getattr(model, "module", None))
+        is_copy = isinstance(model, DataParallel | DistributedDataParallel)
+        inner = model.module if is_copy else getattr(model, "_orig_mod", None)
         if inner is None:
-            raise OptionError("not a PEFT model", got=name, expected="what get_peft_model returns")
+            raise OptionError(
+                "not a PEFT model whose parameters are whole in each process",
+                got=type(model).__name__,
+                hint="Give what get_peft_model returns, or squeeze the saved adapter",
+            )
         model = inner
     return model
 
 
-def live_layers(model: PeftModel, adapter: str | None = None) -> list[LiveLayer]:
-    """Return the layers of an adapter, in the model's order.
-
-    Args:
-        model: the model.
-        adapter: its name; by default the active one.
-
-    Raises:
-        OptionError: there is no such adapter, or several are active.
-        UnsupportedError: it is no LoRA, or one of its layers cannot get other factors in place.
-    """
-    names = [adapter] if adapter is not None else model.active_adapters
-    if len(names) != 1 or names[0] not in model.peft_config:
-        problem = "no such adapter" if adapter is not None else "not one active adapter"
-        found = ", ".join(names) or None
-        raise OptionError(problem, got=found, expected=f"one of {', '.join(model.peft_config)}")
-    config: Any = model.peft_config[names[0]]
-    start = getattr(config, "init_lora_weights", True)
-    if config.peft_type != "LORA" or start not in _STARTS:
-        began = "" if start is True else f", init_lora_weights={start}"
-        raise UnsupportedError(
-            "only the factors of a LoRA on an unchanged base can be squeezed in training",
-            got=f"{config.peft_type}{began}",
-            hint="Squeeze the saved adapter: "
-            "loratools squeeze ADAPTER --initial FIRST --rank 8 -o plain",
-        )
-    base: Any = model.base_model.model
-    layers = [
-        LiveLayer(name, module, names[0])
-        for name, module in base.named_modules()
-        if isinstance(module, LoraLayer)
-        and (names[0] in module.lora_A or names[0] in module.lora_embedding_A)
-    ]
-    if not layers:
-        raise OptionError("the adapter has no layer", got=names[0])
-    seen: dict[int, str] = {}
-    for each in layers:
-        reason = _obstacle(each)
-        for factor in () if reason else (each.a, each.b):
-            twin = seen.setdefault(factor.untyped_storage().data_ptr(), each.name)
-            reason = reason if twin == each.name else f"shares a factor with {twin}"
-        if reason:
-            raise UnsupportedError(
-                f"the layer {reason}, so its factors cannot be replaced", tensor=each.name
-            )
-    return layers
-
-
-def _obstacle(layer: LiveLayer) -> str | None:
-    """Return why a layer cannot get other factors; None if it can."""
-    module, adapter = layer.module, layer.adapter
-    if isinstance(module, ParamWrapper):
-        return "adapts a parameter"
+def _obstacles(layer: LiveLayer) -> dict[str, bool]:
+    """Return for each reason why a layer could not get other factors whether it applies."""
+    module, adapter, factors = layer.module, layer.adapter, (layer.a, layer.b)
     variant = getattr(module, "lora_variant", {}).get(adapter)
-    name = getattr(variant, "__name__", type(variant).__name__).lstrip("_")
-    if variant is not None and not name.startswith(_VARIANTS):
-        return f"is of the variant {name}"
-    if adapter in module.merged_adapters:
-        return "is merged"
-    held = next(filter(None, map(_obstacle_of, (layer.a, layer.b))), None)
-    if held is not None:
-        return held
-    if layer.b.shape[1] != layer.rank:
-        return "is a convolution in groups"
-    if not layer.alpha:
-        return "has alpha 0, with which it changes nothing"
-    if module.scaling[adapter] != layer.scale(layer.alpha, layer.rank):
-        return f"has scaling {module.scaling[adapter]:g}, which is not that of its alpha"
-    return None
-
-
-def _obstacle_of(factor: torch.Tensor) -> str | None:
-    if type(factor) is not torch.nn.Parameter or factor.dtype not in _TYPES:
-        return f"has factors of {factor.dtype}, {type(factor).__name__}"
-    if factor.ndim < 2 or factor.is_meta:
-        return "has factors that are spread over processes or devices"
-    hooks = factor._backward_hooks, getattr(factor, "_post_accumulate_grad_hooks", None)  # noqa: SLF001
-    return "has hooks on its factors" if any(hooks) else None
-
-
-def settle_all(model: PeftModel, layers: list[LiveLayer], settings: Settings) -> None:
-    """Let an adapter's layers and its configuration say these ranks and alphas.
-
-    Args:
-        model: the model.
-        layers: all of an adapter's.
-        settings: for those that get others.
-    """
-    all_of_them = {each.name: (each.rank, each.alpha) for each in layers} | dict(settings)
-    for each in layers:
-        each.settle(*all_of_them[each.name])
-    config: Any = model.peft_config[layers[0].adapter]
-    for key, value in settings_of(all_of_them).items():
-        setattr(config, key, value)
-    if isinstance(config.init_lora_weights, str):  # loading would begin so again, at odd ranks
-        config.init_lora_weights = True
-
-
-def reshape(model: PeftModel, layers: list[LiveLayer], settings: Settings) -> None:
-    """Give layers other ranks and alphas; factors of other ranks are zeros that wait to be loaded.
-
-    Args:
-        model: the model.
-        layers: all of an adapter's.
-        settings: for those that get others.
-    """
-    for each in layers:
-        a, b = each.a.detach(), each.b.detach()
-        rank = settings.get(each.name, (each.rank,))[0]
-        if rank != each.rank:
-            each.put(a.new_zeros(rank, a[0].numel()), b.new_zeros(len(b), rank))
-    settle_all(model, layers, settings)
+    kind = getattr(variant, "__name__", type(variant).__name__).lstrip("_")
+    hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    is_plain = all(type(p) is torch.nn.Parameter and p.ndim > 1 and not p.is_meta for p in factors)
+    return {
+        "adapts a parameter": isinstance(module, ParamWrapper),
+        f"is of the variant {kind}": variant is not None and not kind.startswith(_VARIANTS),
+        "is merged": adapter in module.merged_adapters,
+        "has factors that are spread over processes or devices": not is_plain,
+        f"has factors of {factors[0].dtype}": any(p.dtype not in _TYPES for p in factors),
+        "has hooks on its factors": any(getattr(p, name, None) for p in factors for name in hooks),
+        "is a convolution in groups": getattr(module.get_base_layer(), "groups", 1) > 1,
+        "has another rank than its factors": module.r[adapter] != layer.rank,
+        "has alpha 0, with which it changes nothing": not layer.alpha,
+        "has another scaling than its alpha makes": (
+            module.scaling[adapter] != layer.scale(module.r[adapter], layer.alpha)
+        ),
+    }

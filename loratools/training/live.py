@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -22,16 +22,15 @@ from loratools.lowrank.planned import PlannedFactors
 from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.schedule import as_values
 from loratools.operations.squeeze import ModuleReport, squeeze
-from loratools.training.layers import LiveLayer, live_layers, settle_all, unwrapped
-from loratools.training.transport import Before, carries, carry, check_held, inner, wide
+from loratools.training.layers import AlphaPolicy, Factors, LiveAdapter, LiveLayer
+from loratools.training.transport import carries, carry, trainer_of
 from loratools.work.selection import Selection
-from loratools_formats.core.adapter import Adapter, LowRank
-from loratools_formats.core.factors import alpha_of
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import LowRank
 from loratools_formats.disk.errors import AdapterError, OptionError
 
-AlphaPolicy = Literal["keep-scale", "sqrt"]
+T = TypeVar("T")
 _ZERO = 8 * 2.0**-24  # of the largest singular value: what float32 factors cannot tell from zero
-_SUMS = 8 * 2.0**-52  # rounding of sums of products, of the factors' squared norms
 _SLACK = 1e-6  # of the change, besides the rounding of its type
 
 
@@ -92,7 +91,8 @@ def squeeze_model(
     budget counts the bytes of the layers' tensors: a model has no header as a file has.
 
     Args:
-        model: what `get_peft_model` returned, or a wrapper around it within one process.
+        model: what `get_peft_model` returned, alone, compiled, or in DataParallel or
+            DistributedDataParallel; several processes all call this after the same step.
         optimizer: what trains it; None if nothing does.
         adapter: name of the adapter; by default the active one.
         alpha: `keep-scale` keeps alpha/r, which keeps the size of the steps; `sqrt` lets alpha be
@@ -106,108 +106,90 @@ def squeeze_model(
     """
     if not rule.is_given:
         raise OptionError("no rule for the ranks", expected="rank, energy, budget or another rule")
-    found, trainer = unwrapped(model), inner(optimizer)
-    layers = live_layers(found, adapter)
-    check_held(trainer, layers)
-    parameters_before = _parameters(layers)
+    before = LiveAdapter.of(model, adapter).check()
+    layers, trainer = before.layers, trainer_of(before, optimizer)
 
     def scaling(like: LowRank | PlannedFactors, rank: int) -> float:
-        if rank == like.rank:
-            return like.scale
-        return layers[0].scale(alpha_at(alpha, layers[0], like.alpha or 0.0, like.rank, rank), rank)
+        layer = layers[like.a.key.removesuffix(".a")]
+        return layer.scale(rank, layer.alpha_at(rank, alpha))
 
-    given = Adapter("peft", None, {each.name: each.change() for each in layers})
+    given = Adapter("peft", None, {name: each.change() for name, each in layers.items()})
     done = squeeze(given, rule, compute, selection, scaling=scaling, nbytes_of=_nbytes)
-    reports = {report.name: report for report in done.modules}
-    settings: dict[str, tuple[int, float]] = {}
-    changed: list[tuple[Before, LowRank]] = []
-    for each in layers:
-        part = done.adapter.modules[each.name].require_factors()
-        if part.rank != each.rank:
-            changed.append((Before.of(each), part))
-            new = alpha_at(alpha, each, each.alpha, each.rank, part.rank)
-            settings[each.name] = part.rank, new
-    fresh = [_put(before.layer, part, compute.seed) for before, part in changed]
-    settle_all(found, layers, settings)
-    for before, _ in changed:
-        _check(reports[before.layer.name], before)
-    carry(((each, mask) for (each, _), mask in zip(changed, fresh, strict=True)), trainer)
+    parts = {name: change.require_factors() for name, change in done.adapter.modules.items()}
+    for report in done.modules:
+        _check(report, layers[report.name])
+    copies = before.copies
+    ranks = _agreed({name: part.rank for name, part in parts.items()}, copies)
+    factors: dict[str, Factors] = {}
+    fresh: dict[str, torch.Tensor] = {}
+    for name in (name for name, rank in ranks.items() if rank != layers[name].rank):
+        made: list[Any] = [tensor.torch() for tensor in parts[name].tensors()]
+        a, b, *bias = _agreed(made, copies)
+        fresh[name] = _revive(name, a, b, compute.seed)
+        factors[name] = a, b
+        if (own := layers[name].bias) is not None:
+            own.data.copy_(*bias)
+    settings = {name: (ranks[name], layers[name].alpha_at(ranks[name], alpha)) for name in factors}
+    after = before.put(settings, factors)
+    carry(before, after, fresh, trainer)
     return SqueezedModel(
         modules=done.modules,
-        ranks={each.name: each.rank for each in layers},
-        alphas={each.name: each.alpha for each in layers},
+        ranks={name: each.rank for name, each in after.layers.items()},
+        alphas={name: each.alpha for name, each in after.layers.items()},
         relative_error=done.relative_error,
-        parameters_before=parameters_before,
-        parameters=_parameters(layers),
-        revived=sum(int(mask.sum()) for mask in fresh),
+        parameters_before=_parameters(before),
+        parameters=_parameters(after),
+        revived=sum(int(mask.sum()) for mask in fresh.values()),
         optimizer=None if trainer is None else "carried" if carries(trainer) else "reset",
         record={"rule": as_values(rule), "alpha": alpha, **compute.record(), **selection.record()},
     )
-
-
-def alpha_at(policy: AlphaPolicy, layer: LiveLayer, alpha: float, rank: int, new: int) -> float:
-    """Return the alpha at a new rank of what has this one at `rank`, a whole number if it is one.
-
-    With scaling alpha/√r, alpha in proportion to √r also keeps the scale.
-    """
-    if policy == "keep-scale" and not layer.is_rslora:
-        return alpha_of(new, alpha / rank)
-    found = alpha * math.sqrt(new / rank)
-    return int(found) if found.is_integer() else found
 
 
 def _nbytes(adapter: Adapter) -> int:
     return sum(tensor.nbytes for tensor in adapter.tensors())
 
 
-def _parameters(layers: list[LiveLayer]) -> int:
-    return sum(factor.numel() for each in layers for factor in (each.a, each.b))
+def _parameters(live: LiveAdapter) -> int:
+    return sum(each.a.numel() + each.b.numel() for each in live.layers.values())
 
 
-def _put(layer: LiveLayer, part: LowRank, seed: int) -> torch.Tensor:
-    """Give a layer new factors, and return which of their directions are fresh: (k,)."""
-    a, b = part.a.torch(), part.b.torch()
+def _agreed(value: T, copies: Sequence[object]) -> T:
+    """Return the value of the first of the processes that train copies of a model.
+
+    Other machines may round otherwise, and copies are to stay alike.
+    """
+    held = [value]
+    if copies:
+        torch.distributed.broadcast_object_list(held, src=0)
+    return held[0]
+
+
+def _revive(name: str, a: torch.Tensor, b: torch.Tensor, seed: int) -> torch.Tensor:
+    """Give the directions of a layer that are zero others, and return which they are: (k,)."""
     sizes = a.double().norm(dim=1) * b.double().norm(dim=0)
     of_type = 64 * torch.finfo(torch.float64).eps if a.dtype == torch.float64 else _ZERO
     fresh: torch.Tensor = sizes <= of_type * sizes.max()
-    generator = torch.Generator().manual_seed(zlib.crc32(layer.name.encode(), seed & 0xFFFFFFFF))
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed & 0xFFFFFFFF))
     rows = torch.rand(int(fresh.sum()), a.shape[1], generator=generator)
     a[fresh] = ((2 * rows - 1) / math.sqrt(a.shape[1])).to(a.dtype)
     b[:, fresh] = 0.0
-    layer.put(a, b)
-    if layer.bias is not None and part.bias is not None:
-        with torch.no_grad():
-            layer.bias.copy_(part.bias.torch())
     return fresh
 
 
-def _check(report: ModuleReport, before: Before) -> None:
-    """Hold the change that a layer makes now against the truncation of the one it made before.
+def _check(report: ModuleReport, layer: LiveLayer) -> None:
+    """Hold the factors that a squeeze made against the truncation of the change.
 
-    Its error is to be that of the factors which the squeeze made, and that one the least there is
-    (Eckart–Young), both up to the rounding of their type.
+    Their error, measured after rounding, is to be the least there is (Eckart–Young), up to the
+    rounding of their type.
 
     Raises:
         AdapterError: it is not.
     """
-    layer, least = before.layer, math.sqrt(max(0.0, 1.0 - report.energy))
-    a, b, new_a, new_b = (wide(factor) for factor in (before.a, before.b, layer.a, layer.b))
-    scale, new_scale = before.scale, layer.module.scaling[layer.adapter]
-    lefts, rights = torch.cat([scale * b, -new_scale * new_b], 1), torch.cat([a, new_a])
-    gram_b, gram_a = lefts.T @ lefts, rights @ rights.T
-    squared = max(0.0, float((gram_b * gram_a).sum()))
-    whole = scale**2 * float(((b.T @ b) * (a @ a.T)).sum())
-    noise = _SUMS * float(gram_b.trace() * gram_a.trace())  # of both, as factors may cancel
-    slack = 2 * torch.finfo(layer.a.dtype).eps + _SLACK
-    if whole > noise:
-        error = math.sqrt(squared / whole)
-        is_same = abs(error - report.relative_error) <= slack + math.sqrt(noise / whole)
-    else:  # factors that cancel: what is left of the change is rounding
-        error, is_same = math.sqrt(squared), squared <= noise
-    if not (is_same and report.relative_error <= least + slack):
+    least = math.sqrt(max(0.0, 1.0 - report.energy))
+    if report.relative_error > least + 2 * torch.finfo(layer.a.dtype).eps + _SLACK:
         raise AdapterError(
             "the squeezed layer does not make the truncated change",
             tensor=layer.name,
-            got=f"relative error {error:.3g}",
-            expected=f"{report.relative_error:.3g}, of which truncation alone makes {least:.3g}",
+            got=f"relative error {report.relative_error:.3g}",
+            expected=f"{least:.3g}, which truncation alone makes",
         )

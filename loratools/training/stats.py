@@ -11,17 +11,18 @@ import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from loratools.lowrank.moments import write_moments
-from loratools.training.layers import live_layers, unwrapped
+from loratools.training.layers import LiveAdapter, unwrapped
+from loratools.training.transport import in_float64
 from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import OptionError, UnsupportedError
 
@@ -83,34 +84,30 @@ def collect_stats(
     layers = _layers(model)
     sums: dict[str, torch.Tensor] = {}
     counts = dict.fromkeys(layers, 0)
-    mask: list[torch.Tensor | None] = [None]
+    mask: torch.Tensor | None = None
 
-    def hook(name: str, layer: nn.Module) -> Any:
-        def seen(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            moment, count = _moment(layer, inputs[0].detach(), mask[0], whole=kind == "gram")
-            sums[name] = moment if name not in sums else sums[name] + moment
-            counts[name] += count
+    def seen(name: str, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        moment, count = _moment(layer, inputs[0].detach(), mask, whole=kind == "gram")
+        sums[name] = moment if name not in sums else sums[name] + moment
+        counts[name] += count
 
-        return seen
-
-    handles = [each.register_forward_pre_hook(hook(name, each)) for name, each in layers.items()]
+    handles = [each.register_forward_pre_hook(partial(seen, n)) for n, each in layers.items()]
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
             for batch in batches:
-                arguments = batch if isinstance(batch, Mapping) else None
-                mask[0] = None if arguments is None else arguments.get("attention_mask")
-                model(batch) if arguments is None else model(**arguments)
+                is_named = isinstance(batch, Mapping)
+                mask = batch.get("attention_mask") if is_named else None
+                model(**batch) if is_named else model(batch)
     finally:
         for handle in handles:
             handle.remove()
         model.train(was_training)
-    sums = {name: total for name, total in sums.items() if counts[name]}
-    if not sums:
+    moments = {name: sums[name].float().cpu().numpy() for name in layers if counts[name]}
+    if not moments:
         raise OptionError("no batch reached a layer", expected="at least one")
-    moments = {name: sums[name].cpu().numpy().astype(np.float32) for name in layers if name in sums}
-    unseen = tuple(name for name in layers if name not in sums)
+    unseen = tuple(name for name in layers if name not in moments)
     found = CollectedStats(tuple(moments), tuple(counts[n] for n in moments), unseen, moments)
     if output is not None:
         found.write(output, overwrite=overwrite)
@@ -122,7 +119,8 @@ def _layers(model: Any) -> dict[str, nn.Module]:
     with suppress(OptionError):  # which is raised if there is no PEFT model inside
         model = unwrapped(model)
     if isinstance(model, PeftModel):
-        found = {each.name: each.module.get_base_layer() for each in live_layers(model)}
+        adapted = LiveAdapter.of(model).check().layers
+        found = {name: each.module.get_base_layer() for name, each in adapted.items()}
     else:
         found = {n: m for n, m in model.named_modules() if isinstance(m, _LAYERS)}
     for name, layer in found.items():
@@ -135,16 +133,15 @@ def _moment(
     layer: nn.Module, inputs: torch.Tensor, mask: torch.Tensor | None, *, whole: bool
 ) -> tuple[torch.Tensor, int]:
     """Return Σ x·xᵀ in float64 or its diagonal, and how many x there were."""
-    convolution = layer if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) else None
-    if mask is not None and convolution is None and inputs.shape[:2] == mask.shape:
+    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        inputs = _patches(layer, inputs)
+    elif mask is not None and inputs.shape[:2] == mask.shape:
         inputs = inputs[mask.bool()]
     if isinstance(layer, nn.Embedding):
         tokens = inputs.reshape(-1)
         return torch.bincount(tokens, minlength=layer.num_embeddings).double(), len(tokens)
-    rows = inputs if convolution is None else _patches(convolution, inputs)
-    rows = rows.reshape(-1, rows.shape[-1]).float()
-    found = rows.T @ rows if whole else (rows * rows).sum(0)
-    return _wide(found), len(rows)
+    rows = inputs.reshape(-1, inputs.shape[-1]).float()
+    return in_float64(rows.T @ rows if whole else (rows * rows).sum(0)), len(rows)
 
 
 def _patches(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: torch.Tensor) -> torch.Tensor:
@@ -153,12 +150,7 @@ def _patches(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: torch.Tensor) -> 
     The convolution itself tells, with kernels that each pick one number out of a patch; in float64,
     since processors for less may round what they pick.
     """
-    x, shape = _wide(inputs), layer.weight.shape[1:]
+    x, shape = in_float64(inputs), layer.weight.shape[1:]
     picks = torch.eye(shape.numel(), dtype=x.dtype, device=x.device).reshape(-1, *shape)
     seen: torch.Tensor = layer._conv_forward(x, picks, None)  # noqa: SLF001 - as its own does
     return seen.movedim(1, -1)
-
-
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor in float64, on its device if that has the type."""
-    return tensor.to("cpu" if tensor.device.type == "mps" else tensor.device, torch.float64)

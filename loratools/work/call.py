@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 
 _WITHOUT_EFFECT = frozenset({"workers", "cache", "shard", "scheduler"})
 _TABLE = ("names", ".toml")
-"""The option that is a name or a file, and how a file is told from a name."""
+"""The option that takes a name or a file, and how the two are distinguished."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Processes that share work: started here, or a cluster of Dask's that its scheduler tells of.
+"""Processes that share work: started here, or those of a scheduler of Dask.
 
 Workers are processes. Their BLAS is held to one thread before NumPy is loaded, and a watcher of
 Dask's (its nanny) starts a new one when one dies or grows beyond its memory.

@@ -2,7 +2,7 @@
 
 A statement beside an input is carried if it is about the input's very bytes, with those that it
 carries itself, each once: an output then knows its way back to the originals even where they are
-gone. An input without a statement may tell of its last operation in its own metadata.
+gone. An input without a statement may have its last operation in its own metadata.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from loratools_formats.disk.provenance import (
     OPERATION_KEY,
     PREDICATE_TYPE,
+    is_sound,
     read_statement,
     statement_beside,
 )
@@ -93,16 +94,7 @@ def unfolded(statement: Mapping[str, Any]) -> list[dict[str, Any]]:
     predicate = dict(statement["predicate"])
     earlier = predicate.pop("history", [])
     own = {"subject": statement["subject"], "predicate": predicate}
-    return [*(each for each in earlier if _is_sound(each)), own]
-
-
-def _is_sound(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and isinstance(value.get("subject"), list)
-        and all(isinstance(one, dict) for one in value["subject"])
-        and isinstance(value.get("predicate"), dict)
-    )
+    return [*(each for each in earlier if is_sound(each)), own]
 
 
 def _key(statement: Mapping[str, Any]) -> str:

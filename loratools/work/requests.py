@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loratools.work.declared import option
-from loratools.work.spellings import nbytes
+from loratools.work.spellings import nbytes, share
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Writing:
     in_place: bool = option(False, heading="Output")
     overwrite: bool = option(False, heading="Output")
     dry_run: bool = option(False, heading="Output")
-    max_error: float | None = option(None, heading="Output")
+    max_error: float | None = option(None, heading="Output", metavar="SHARE", parse=share)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class Reporting:
     Attributes:
         json: print one JSON object.
         quiet: print errors only.
-        verbose: list everything.
+        verbose: list every module.
     """
 
     json: bool = option(False, heading="Report")

@@ -14,8 +14,8 @@ class Selection:
     """Which modules an operation touches, by regular expressions searched in their paths.
 
     Attributes:
-        include: touch only modules whose path matches.
-        exclude: leave modules whose path matches alone.
+        include: work only on modules whose path matches.
+        exclude: do not work on modules whose path matches.
 
     Raises:
         OptionError: not a regular expression.

@@ -1,4 +1,4 @@
-"""Shards: the part of a fleet that one process takes, told by a batch system or by hand.
+"""Shards: the part of a fleet that one process takes, set by a batch system or by the user.
 
 Adapter number i, counted from 0 in the order of names, is of shard i mod N + 1: every process
 finds the same parts without asking another.

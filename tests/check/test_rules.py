@@ -58,7 +58,7 @@ def test_findings_of_readers_have_a_rule_each():
     text = "".join(path.read_text() for path in READERS.rglob("*.py"))
     made = {code for code in CODES if f'"{code}"' in text}
     assert set(OF_READERS) <= set(CODES)
-    of_writers = {"attachments-left-out", "dtype-fallback"}
+    of_writers = {"attachments-left-out", "dtype-fallback", "experts-laid-out"}
     assert made - set(OF_READERS) == of_writers & made
 
 
@@ -102,7 +102,7 @@ def test_a_target_is_known_with_version_and_source():
         assert target.checked.startswith("20")
     assert known.target_named("vLLM@0.26").name == "vllm"
     assert known.target_named("llama.cpp").name == "llamacpp"
-    with pytest.raises(OptionError, match="of another version"):
+    with pytest.raises(OptionError, match="no facts about this version"):
         known.target_named("vllm@0.5")
     with pytest.raises(OptionError, match="Did you mean 'vllm'"):
         known.target_named("vlm")

@@ -20,7 +20,8 @@ import peft_models
 from peft_cases import Case
 
 from loratools.lowrank.dense import effective_delta
-from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.dtypes import Array
 from loratools_formats.core.orientation import is_transposed
 from loratools_formats.disk.errors import AdapterError

@@ -56,7 +56,7 @@ TARGETS = {
 REFUSED = {
     "GraniteMoeShared": {"MLX"}, "AriaText": {"MLX", "GGUF"}, "NemotronH": set(),
     "JetMoe": {"each", "3-D", "Tinker", "MLX", "GGUF"},
-    "Dbrx": {"each", "3-D", "Tinker", "GGUF"},
+    "Dbrx": {"each", "3-D", "Tinker"},
 }  # fmt: skip
 """What the program has no class for, or where the class has no other layout."""
 

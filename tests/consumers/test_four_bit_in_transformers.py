@@ -82,7 +82,7 @@ def test_what_is_skipped_stays_and_loads(bases, tmp_path):
     base = bases("llama")
     options = QuantizeOptions(skip=(r"layers\.1\.mlp", "k_proj"))
     result = quantize(read_checkpoint(base), tmp_path / "ours", options)
-    reasons = {kept.module: kept.reason for kept in result.kept}
+    reasons = {kept.name: kept.reason for kept in result.kept}
     assert reasons.pop("lm_head") == "output embedding"
     assert reasons.pop("model.embed_tokens") == "embedding"
     assert len(reasons) == 5

@@ -8,7 +8,8 @@ from test_gguf_llama_cpp import EFFECT, SILU_TOLERANCE
 
 import loratools as lt
 from loratools_formats import read_adapter, write_adapter
-from loratools_formats.core.adapter import Adapter, Layer, LowRank, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import Layer, LowRank, ModuleChange
 from loratools_formats.core.tensors import in_memory
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")

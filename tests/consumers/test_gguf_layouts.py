@@ -11,11 +11,16 @@ import pytest
 
 from loratools.lowrank.matrices import loaded
 from loratools_formats import Adapter, Context, Layer, LowRank, get_format
-from loratools_formats.core.adapter import ModuleChange
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.tensors import in_memory
 from loratools_formats.formats.gguf.architectures import ALL, ARCHITECTURES
 
-BY_CLASS = {name: row for row in ALL if row.given is None for name in row.classes}
+BY_CLASS = {
+    name: row
+    for row in ALL
+    if row.given is None and row.name != "dbrx"  # which test_dbrx_gguf compares
+    for name in row.classes
+}
 
 SIZES = {
     "vocab_size": 96,

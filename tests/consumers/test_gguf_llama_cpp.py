@@ -13,7 +13,7 @@ from loratools.operations.merge.operation import merge
 from loratools.operations.merge.options import MergeOptions
 from loratools.operations.squeeze import squeeze
 from loratools_formats import Adapter, Context, Layer, LowRank, read_adapter, write_adapter
-from loratools_formats.core.adapter import ModuleChange
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.tensors import in_memory
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")

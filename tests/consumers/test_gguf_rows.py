@@ -19,7 +19,7 @@ import pytest
 
 from loratools.lowrank.matrices import loaded
 from loratools_formats import Adapter, Context, Layer, LowRank, get_format
-from loratools_formats.core.adapter import ModuleChange
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.tensors import in_memory
 from loratools_formats.formats.gguf.architectures import ALL, BY_CLASS, REFUSED
 

@@ -20,7 +20,7 @@ from loratools.operations.squeeze import squeeze
 from loratools.operations.to_lora import to_lora, to_lora_choices
 from loratools_formats import read_adapter, write_adapter
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
-from loratools_formats.core.adapter import KindDelta, ModuleChange
+from loratools_formats.core.change import KindDelta, ModuleChange
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 
 pytestmark = [

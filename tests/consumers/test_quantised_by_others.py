@@ -1,18 +1,20 @@
 """Weights that torchao and HQQ quantised: their own values, and torchao's loader on our outputs."""
 
+import json
 import warnings
 
 import numpy as np
 import peft_oracle as oracle
 import pytest
 
-from loratools import fuse
+from loratools import delta, fuse
 from loratools.base.codecs import Stored, coded_weights
 from loratools.base.dequantised import dequantised
 from loratools_formats import read_adapter
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
 from loratools_formats.core.dtypes import DTYPES
 from loratools_formats.core.tensors import TensorRef
+from loratools_formats.disk.errors import UnsupportedError
 
 IGNORED = [*oracle.WARNINGS, "ignore::UserWarning", "ignore::DeprecationWarning"]
 pytestmark = [pytest.mark.filterwarnings(line) for line in IGNORED]
@@ -37,12 +39,9 @@ def configs():
     }
 
 
-@pytest.fixture(params=["int8", "float8", "int4"])
-def base(request, tmp_path):
-    """Write a small Llama that transformers quantised by torchao, and return its own values."""
-    pytest.importorskip("torchao")
+def tiny_llama():
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TorchAoConfig
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         num_hidden_layers=1, hidden_size=128, intermediate_size=256, num_attention_heads=4,
@@ -51,7 +50,16 @@ def base(request, tmp_path):
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "plain")
+        return LlamaForCausalLM(config).to(torch.bfloat16)
+
+
+@pytest.fixture(params=["int8", "float8", "int4"])
+def base(request, tmp_path):
+    """Write a small Llama that transformers quantised by torchao, and return its own values."""
+    pytest.importorskip("torchao")
+    from transformers import AutoModelForCausalLM, TorchAoConfig
+
+    tiny_llama().save_pretrained(tmp_path / "plain")
     plan = TorchAoConfig(configs()[request.param])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=plan)
     model.save_pretrained(tmp_path / "base")
@@ -96,6 +104,55 @@ def test_transformers_loads_what_keeps_the_format(base, make_folder, tmp_path):
     error = np.linalg.norm(moved - change) / np.linalg.norm(change)
     assert result.surviving == pytest.approx(share, rel=1e-3)
     assert result.quantising_error == pytest.approx(error, rel=1e-3)
+
+
+@pytest.mark.parametrize(("bits", "axis"), [(4, 1), (3, 0), (8, 1)])
+def test_transformers_loads_a_fused_base_of_hqq(bits, axis, make_folder, tmp_path):
+    """In 16 bits it computes what hqq's own values plus ΔW do; hqq's format is not written."""
+    pytest.importorskip("hqq")
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+    model = tiny_llama()
+    plan = BaseQuantizeConfig(nbits=bits, group_size=64, axis=axis)
+    tensors = dict(model.state_dict())
+    for name, layer in list(model.named_modules()):
+        if name.endswith("_proj"):
+            coded = HQQLinear(
+                layer, plan, compute_dtype=torch.bfloat16, device="cpu", del_orig=False
+            )
+            del tensors[f"{name}.weight"]
+            tensors |= {f"{name}.{part}": value for part, value in coded.state_dict().items()}
+            layer.weight.data.copy_(coded.dequantize())
+    base = tmp_path / "base"
+    model.config.save_pretrained(base)
+    save_file(
+        {k: v.clone() for k, v in tensors.items()}, base / "model.safetensors", {"format": "pt"}
+    )
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "hqq"}})
+    )
+    adapter = make_folder(modules={Q: (128, 128, 8)}, dtype="f32")
+    change = delta(read_adapter(adapter), Q)
+    weight = 0.3 * float(model.get_submodule(Q).weight.abs().mean()) / np.abs(change).mean()
+    result = fuse(base, {adapter: weight}, output=tmp_path / "fused")
+    with pytest.raises(UnsupportedError, match=rf"cannot be written again.*HQQ, {bits} bits"):
+        fuse(base, adapter, requantize=True, output=tmp_path / "again")
+    fused = AutoModelForCausalLM.from_pretrained(tmp_path / "fused", dtype=torch.float32).eval()
+    model = model.float().eval()
+    ids = torch.tensor([[1, 7, 9, 30, 2]])
+    with torch.no_grad():
+        start = model(ids).logits.double()
+        layer = model.get_submodule(Q)
+        layer.weight.copy_((layer.weight.double() + weight * torch.from_numpy(change)).float())
+        want, got = model(ids).logits.double(), fused(ids).logits.double()
+    apart = float((got - want).norm() / (want - start).norm())
+    assert apart < 2 * result.lost_to_rounding < 0.02
 
 
 @pytest.mark.parametrize("axis", [0, 1])

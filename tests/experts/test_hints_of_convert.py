@@ -68,5 +68,5 @@ def test_a_number_of_experts_that_only_the_file_tells_is_told(asked, tmp_path):
     assert any("taken to have as many experts as the file adapts, 3" in note for note in told)
     config["exclude_modules"] = r".*experts\.[3-7]\..*"
     partial = save(tmp_path / "partial", (tensors, config))
-    with pytest.raises(LoratoolsError, match="how many experts the layer has"):
+    with pytest.raises(LoratoolsError, match="the number of experts in the layer"):
         lt.convert(partial, output=tmp_path / "c", **asked)

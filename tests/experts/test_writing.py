@@ -112,8 +112,45 @@ def test_ranks_scales_and_missing_experts(tmp_path):
     model = base(tmp_path / "base", change, stacks=True)
     lt.convert(folder, base=model, experts="stacked", output=tmp_path / "b")
     assert largest_error(read_deltas(read_adapter(tmp_path / "b")), wanted) == 0.0
+    for index, asked in enumerate(({"experts": "3d"}, {"to": "tinker"})):
+        lt.convert(folder, base=model, output=tmp_path / str(index), **asked)
+        assert largest_error(read_deltas(read_adapter(tmp_path / str(index))), wanted) == 0.0
     with pytest.raises(UnsupportedError, match="an expert is missing"):
-        lt.convert(folder, base=model, experts="3d", output=tmp_path / "c")
+        lt.convert(folder, experts="3d", output=tmp_path / "c")
+
+
+def test_up_alone_needs_the_model_that_may_have_a_gate(tmp_path):
+    change = Change()
+    tensors, config = each(change)
+    tensors = {name: values for name, values in tensors.items() if ".up_proj." in name}
+    folder = save(tmp_path / "a", (tensors, {**config, "target_modules": ["up_proj"]}))
+    with pytest.raises(UnsupportedError, match="have a gate") as told:
+        lt.convert(folder, experts="stacked", output=tmp_path / "no")
+    assert "--base BASE" in told.value.hint
+    model = base(tmp_path / "base", change, stacks=False)
+    lt.convert(folder, base=model, experts="stacked", output=tmp_path / "b")
+    found = read_deltas(read_adapter(tmp_path / "b"))
+    wanted = change.deltas()
+    for e in range(change.experts):
+        np.testing.assert_array_equal(found["up", e], wanted["up", e])
+        assert not found["gate", e].any()
+    lt.convert(folder, base=model, for_="vllm", output=tmp_path / "vllm")
+    stored = read_adapter(tmp_path / "vllm").modules
+    assert {name.rpartition(".")[2] for name in stored} == {"gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize(("leaf", "alpha"), [("gate_up_proj", 8.0), ("down_proj", 5.0)])
+def test_one_alpha_for_tinker_whatever_patterns_named(leaf, alpha, tmp_path):
+    change = Change()
+    tensors, config = stacked(change, peft_version="0.21.2", alpha_pattern={leaf: alpha})
+    folder = save(tmp_path / "a", (tensors, config))
+    wanted = {
+        key: delta * alpha / change.alpha if (key[0] == "down") == (leaf == "down_proj") else delta
+        for key, delta in change.deltas().items()
+    }
+    model = base(tmp_path / "base", change, stacks=True)
+    lt.convert(folder, base=model, to="tinker", output=tmp_path / "b")
+    assert largest_error(read_deltas(read_adapter(tmp_path / "b")), wanted) <= 2.0**-22
 
 
 def test_the_base_is_asked_for_only_where_it_must_tell(tmp_path):
@@ -176,7 +213,7 @@ def test_the_last_expert_that_is_adapted_may_not_be_the_last_of_the_model(how, a
             {k.removeprefix("base_model.model.").partition(".lora_")[0] for k in tensors}
         )
     folder = save(tmp_path / "a", (tensors, config))
-    with pytest.raises(UnsupportedError, match="how many experts the layer has") as told:
+    with pytest.raises(UnsupportedError, match="the number of experts in the layer") as told:
         lt.convert(folder, output=tmp_path / "b", **asked)
     assert "--base BASE" in str(told.value.hint)
 
@@ -302,6 +339,7 @@ def test_experts_without_a_gate(tmp_path):
     """Nemotron: up and down alone; Tinker then calls up w1 and has an empty w3."""
     change = Change()
     tensors, config = each(change, (("up", "up_proj"), ("down", "down_proj")))
+    tensors = {name.replace(".mlp.", ".mixer."): values for name, values in tensors.items()}
     folder = save(tmp_path / "a", (tensors, config))
     wanted = {key: delta for key, delta in change.deltas().items() if key[0] != "gate"}
     for target, asked in TARGETS.items():
@@ -310,8 +348,9 @@ def test_experts_without_a_gate(tmp_path):
         lt.convert(folder, output=tmp_path / target, **asked)
         assert largest_error(read_deltas(read_adapter(tmp_path / target)), wanted) == 0.0, target
     stored = keys(tmp_path / "tinker")
-    assert stored[f"{PREFIX}.w3.lora_A.weight"].shape == (0,)
-    assert f"{PREFIX}.w1.lora_A.weight" in stored
+    owner = PREFIX.replace(".mlp.", ".mixer.")
+    assert stored[f"{owner}.w3.lora_A.weight"].shape == (0,)
+    assert f"{owner}.w1.lora_A.weight" in stored
 
 
 def test_options_that_exclude_each_other(tmp_path):

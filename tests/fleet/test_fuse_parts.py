@@ -34,6 +34,7 @@ def part(base, output, shard, **more):
     return lt.fuse(base, [(LORA, 0.5), (RSLORA, 2.0)], output=output, shard=shard, **more)
 
 
+@pytest.mark.slow
 def test_parts_in_any_order_make_the_bytes_of_one_run(base, single, tmp_path):
     output = tmp_path / "parts" / "fused"
     first, third = (part(base, output, shard) for shard in ("1/3", "3/3"))
@@ -65,6 +66,7 @@ def test_parts_of_other_options_do_not_meet(base, tmp_path):
     assert not output.exists()
 
 
+@pytest.mark.slow
 def test_what_is_refused(base, tmp_path):
     part(base, tmp_path / "fused", "1/1")
     with pytest.raises(OutputExistsError):

@@ -46,14 +46,17 @@ DEEP = b"[" * 100_000
 
 # Name of the defect: the file, and a word of the error.
 DEFECTS = {
-    "empty": (b"", "0 bytes"),
+    "empty": (b"", "is an empty file"),
     "seven bytes": (VALUES[:7], "7 bytes"),
     "LFS pointer": (LFS_POINTER, "git lfs pull"),
-    "HTML page": (HTML, "<!DOCTYPE"),
+    "HTML page": (HTML, "is a web page"),
     "JSON page": (b'{"error": "Repository not found"}', "error"),
     "length 2^63": (container(SOUND, VALUES, length=1 << 63), "header length"),
     "length 2^64-1": (container(SOUND, VALUES, length=(1 << 64) - 1), "header length"),
-    "length 99 MB in a short file": (container(SOUND, VALUES, length=99_000_000), "header length"),
+    "length 99 MB in a short file": (
+        container(SOUND, VALUES, length=99_000_000),
+        "ends within its header",
+    ),
     "space before the brace": (container(b" " + json.dumps(SOUND).encode(), VALUES), "object"),
     "list": (container(b"[]      "), "object"),
     "not UTF-8": (one_more(b'"\xff"'), "UTF-8"),

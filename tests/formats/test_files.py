@@ -9,7 +9,8 @@ import threading
 import pytest
 
 from loratools_formats.disk.errors import AdapterError, MissingFileError
-from loratools_formats.disk.files import RegularFile, inside, read_small_file, refuse_lfs_pointer
+from loratools_formats.disk.files import RegularFile, inside, read_small_file
+from loratools_formats.disk.first_bytes import refuse_other_file
 
 
 @pytest.fixture
@@ -168,8 +169,8 @@ def test_small_files(path):
 
 def test_lfs_pointers():
     with pytest.raises(AdapterError, match="git lfs pull"):
-        refuse_lfs_pointer(b"version https://git-lfs.github.com/spec/v1\noid", "x")
-    refuse_lfs_pointer(b"{}", "x")
+        refuse_other_file(b"version https://git-lfs.github.com/spec/v1\noid", 46, "x")
+    refuse_other_file(b"{}", 2, "x", is_text=True)
 
 
 class TestInside:

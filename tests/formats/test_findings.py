@@ -25,11 +25,13 @@ def constructed():
     return found
 
 
+@pytest.mark.slow
 def test_every_finding_has_a_code_of_the_table():
     unlisted = [(path.name, code) for path, code in constructed() if code not in CODES]
     assert unlisted == []
 
 
+@pytest.mark.slow
 def test_every_code_of_the_table_is_of_some_finding():
     assert set(CODES) == {code for _, code in constructed()}
 

@@ -16,7 +16,7 @@ from loratools.algebra.ranks import RankRule
 from loratools.base.shape_only import ShapeOnly
 from loratools.kinds import get_kind
 from loratools_formats import find_format, read_adapter
-from loratools_formats.core.adapter import KindDelta
+from loratools_formats.core.change import KindDelta
 from loratools_formats.core.tensors import in_memory
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
@@ -153,7 +153,7 @@ def test_archives_of_nemo_are_opened(tmp_path):
 @pytest.mark.parametrize(
     ("names", "compression", "message"),
     [
-        (["weights.ckpt"], "", "has not one model_weights"),
+        (["weights.ckpt"], "", "does not have exactly one model_weights"),
         (["tp_rank_00/model_weights.ckpt", "tp_rank_01/model_weights.ckpt"], "", "Merge the ranks"),
         (["model_weights.ckpt"], "gz", "compressed"),
     ],

@@ -55,6 +55,45 @@ def model(path):
     (path / "config.json").write_text(json.dumps(config))
 
 
+BYTES = {
+    "array.npy": (b"\x93NUMPY\x01\x00", "is a NumPy array.*from_factors"),
+    "weights.h5": (b"\x89HDF\r\n\x1a\n", "is an HDF5 file"),
+    "old.bin": (
+        b"algg\x01\x00\x00\x00",
+        "adapter of llama.cpp from before GGUF.*loratools convert",
+    ),
+    "model.onnx": (b"\x08\x07\x12\x07pytorch", "is a model for ONNX, which is not read"),
+    "._x.safetensors": (b"\x00\x05\x16\x07" + bytes(40), "macOS notes about another file"),
+    ".DS_Store": (b"\x00\x00\x00\x01Bud1", "macOS notes about a folder"),
+    "zeros.safetensors": (bytes(600), "zeros where a file begins.*Fetch the file again"),
+    "cut.safetensors": (b"\x90\x01" + bytes(6) + b'{"a":{"dtype"', "ends within its header.*again"),
+    "gone.safetensors": (b"Entry not found", "is a text and holds no weights: 'Entry not found'"),
+    "no.gguf": (b'{"error":"no"}', "is a text and holds no weights"),
+    "noise.safetensors": (bytes(range(200, 240)), "begins with the bytes c8 c9"),
+    "noise.gguf": (bytes(range(200, 240)), "begins with the bytes c8 c9"),
+    "noise": (
+        bytes(range(200, 240)),
+        "begins with the bytes c8 c9.*Adapters are safetensors, GGUF",
+    ),
+    "x.safetensors.part": (b"\x01", "is a download that has not ended"),
+    "tokenizer.model": (b"\n\x0e\n\x05<unk>", "is a file of a tokenizer"),
+    "trainer_state.json": (b"{}", "is the record of a training run"),
+    "film.mp4": (b"\x00\x00\x00\x18ftypmp42", "is a video or an image"),
+    "data.parquet": (b"PAR1\x15\x04", "is a table of data"),
+}
+PICKLES = {
+    "optimizer.pt": ({"state": {}, "param_groups": [{"lr": 1.0}]}, "state of a training run"),
+    "other.pt": ({"state": {}, "param_groups": [{"lr": 1.0}]}, "state of a training run"),
+    "words.pt": ({"string_to_param": {"*": "T"}}, "is a textual inversion"),
+    "model.bin": ({f"{MODULE}.weight": "T", "lm_head.weight": "T"}, "is a model's weights"),
+    "x.bin": ({"x": "T"}, "holds the tensor x, which no known format recognises"),
+    "list.pth": (["T"], "content is of type list.*Load them with torch"),
+    "one.pt": ("T", "content is of type Tensor"),
+    "light.ckpt": ({"state_dict": {"x": "T"}, "epoch": 1}, "tensors are below 'state_dict'"),
+    "mixed.bin": ({"x": "T", "n": 1}, "entry 'n' is of type int"),
+}
+
+
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -201,6 +240,97 @@ def test_merging_into_a_model_points_to_fuse(place):
     assert pasted(text) == 1
 
 
+@pytest.mark.parametrize("name", BYTES)
+@pytest.mark.parametrize("as_base", [False, True])
+def test_a_file_is_called_what_its_first_bytes_say(place, name, as_base):
+    content, message = BYTES[name]
+    (place / name).write_bytes(content)
+    words = ["quantize", name, "-o", "out"] if as_base else ["info", name]
+    code, text = loratools(*words)
+    assert code == 2
+    assert re.search(message.split(".*")[0], text), text
+    assert as_base or re.search(message, text), text
+    assert re.search(r"\. [A-Z`]", text), f"no next step: {text}"
+
+
+def with_tensors(value, torch):
+    """Return a value with a tensor in each place of a "T"."""
+    if isinstance(value, dict):
+        return {key: with_tensors(one, torch) for key, one in value.items()}
+    if isinstance(value, list):
+        return [with_tensors(one, torch) for one in value]
+    return torch.zeros(4, 4) if value == "T" else value
+
+
+@pytest.mark.parametrize("name", PICKLES)
+def test_a_pickle_is_called_what_it_holds(place, name):
+    torch = pytest.importorskip("torch")
+    content, message = PICKLES[name]
+    torch.save(with_tensors(content, torch), name)
+    code, text = loratools("info", name)
+    assert code == 2
+    assert re.search(message, text), text
+    assert re.search(r"\. [A-Z`]", text), f"no next step: {text}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adapter.ckpt", "pytorch_model.bin"])
+def test_pickles_say_how_to_make_safetensors_of_them(place, name):
+    """An adapter in a trainer's checkpoint is taken out, and a base's pickled file made one."""
+    torch = pytest.importorskip("torch")
+    if name == "adapter.ckpt":
+        tensors = {key: torch.ones(shape) for key, shape in FLAT.items()}
+        torch.save({"state_dict": tensors, "epoch": 1}, name)
+        first, then = ["info", name], ["info", "adapter-saved.safetensors"]
+    else:
+        torch.save({f"{MODULE}.weight": torch.ones(16, 16), "lm_head.weight": torch.ones(4)}, name)
+        first = ["fuse", name, "good", "-o", "out.safetensors"]
+        then = ["fuse", "pytorch_model-saved.safetensors", "good", "-o", "out.safetensors"]
+    code, text = loratools(*first)
+    assert code == 2
+    found = re.search(r": python (-c .*)", text)
+    assert found is not None, text
+    subprocess.run([sys.executable, *shlex.split(found[1])], check=True, capture_output=True)
+    assert loratools(*then)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("names", "adapter_is", "base_is"),
+    [
+        (["config.json"], "folder of a model.*without its weights", "without its weights"),
+        (["config.json", "flax_model.msgpack"], "weights are Flax's", "weights are Flax's"),
+        (["config.json", "tf_model.h5"], "weights are Keras's", "weights are Keras's"),
+        (["optimizer.pt", "rng_state.pth"], "holds the state of a training run", "the state of a"),
+        (["zero_to_fp32.py", "latest"], "DeepSpeed.*python", "DeepSpeed.*python"),
+        ([".gitattributes", "README.md"], "it holds .gitattributes, README.md", "without weights"),
+        (["._adapter_model.safetensors", ".DS_Store"], "is a folder without weights", "without"),
+        (["adapter_config.json"], "no weights in the folder", "is an adapter, not a model"),
+        (["adapter_model.safetensors"], "adapter_config.json is not", "is an adapter, not a model"),
+    ],
+)
+def test_a_folder_is_called_what_it_holds(place, names, adapter_is, base_is):
+    (place / "odd").mkdir()
+    for name in names:
+        (place / "odd" / name).write_text('{"peft_type": "LORA"}')
+    for words, message in ((["info", "odd"], adapter_is), (["fuse", "odd", "good"], base_is)):
+        code, text = loratools(*words, *(["-o", "out"] if words[0] == "fuse" else []))
+        assert code == 2
+        assert re.search(message, text), text
+        assert re.search(r"\. [A-Z`]", text), f"no next step: {text}"
+
+
+def test_links_in_a_circle_say_so(place):
+    (place / "circle").symlink_to("circle")
+    assert "leads back to it" in loratools("info", "circle")[1]
+
+
+def test_a_missing_shard_says_what_to_fetch(place):
+    os.remove("index/model-00001-of-00001.safetensors")
+    code, text = loratools("fuse", "index", "good", "-o", "out")
+    assert code == 2
+    assert "is listed in the index and is not there. Fetch it" in text
+
+
 @pytest.mark.slow
 def test_pickled_bases_say_how_to_make_safetensors(place):
     transformers = pytest.importorskip("transformers")
@@ -222,3 +352,9 @@ def test_pickled_bases_say_how_to_make_safetensors(place):
     assert found is not None
     subprocess.run([sys.executable, *shlex.split(found[1])], check=True, capture_output=True)
     assert loratools("fuse", "pickled-safetensors", "good", "-o", "out")[0] == 0
+
+
+def test_a_path_nearly_as_typed_is_named(place):
+    assert "Did you mean base/model.safetensors?" in loratools("info", "base/modl.safetensors")[1]
+    assert "Did you mean ./empty?" in loratools("info", "./empt")[1]
+    assert "Did you mean" not in loratools("info", "./xyzzy")[1]

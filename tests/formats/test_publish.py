@@ -302,6 +302,7 @@ with publish.publish_folder(sys.argv[1], overwrite=True) as temporary:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_killed_before_every_call(way, tmp_path):
     out, steps = tmp_path / "out", 0

@@ -222,7 +222,7 @@ def test_unknown_name(name, hint):
 
 def test_unrecognised(tmp_path):
     (tmp_path / "file").write_bytes(b"\0?")
-    with pytest.raises(UnknownFormatError, match=r"Known formats:.* peft"):
+    with pytest.raises(UnknownFormatError, match="is not a weight file that loratools reads"):
         find_format(tmp_path / "file")
     with pytest.raises(UnknownFormatError, match="a folder without weights"):
         find_format(tmp_path)
@@ -234,7 +234,7 @@ def test_unrecognised(tmp_path):
 def test_adapters_in_sub_folders_are_named(make_folder, tmp_path):
     for name in ("one", "two"):
         make_folder(name)
-    with pytest.raises(UnknownFormatError, match="name one of: one, two"):
+    with pytest.raises(UnknownFormatError, match=r"Name one of them: .*one, .*two"):
         find_format(tmp_path)
 
 

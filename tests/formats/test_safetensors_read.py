@@ -282,6 +282,7 @@ def mutated(draw):
     return struct.pack("<Q", length) + text + data
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(made=sound_headers())
 def test_sound_files_are_read_as_the_library_reads_them(made, place):
@@ -289,6 +290,7 @@ def test_sound_files_are_read_as_the_library_reads_them(made, place):
     assert our_view(content, place) == library_view(content)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(content=mutated())
 def test_mutated_files_are_refused_or_read_as_the_library_reads_them(content, place):

@@ -71,6 +71,7 @@ values = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(value=values, escaped=st.booleans(), indent=st.none() | st.just(2))
 def test_whatever_is_sound_is_read(value, escaped, indent):

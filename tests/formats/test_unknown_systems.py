@@ -16,7 +16,7 @@ from loratools_formats.disk.errors import LoratoolsError, OptionError
 
 RNG = np.random.default_rng(0)
 A, B = "lora_A.weight", "lora_B.weight"
-MORE, NONE = "may change the weights", "no known format recognises it"
+MORE, NONE = "may change the weights", "which no known format recognises as an adapter"
 
 
 def random(*shape):
@@ -57,7 +57,7 @@ FOLDERS = {
     ),
     "colora: scores of contribution": (FACTORS | {"q_proj.lora_score": random(4)}, {}, MORE),
     "queryable: atoms": (FACTORS | {"q_proj.lora_query.weight": random(4, 24)}, {}, MORE),
-    "hyper: generated factors": ({"hyper.mlp.0.weight": random(8, 8)}, {}, "no module to fold"),
+    "hyper: generated factors": ({"hyper.mlp.0.weight": random(8, 8)}, {}, "no module to convert"),
 }
 
 

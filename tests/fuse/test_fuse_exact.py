@@ -1,7 +1,7 @@
 """What is stored against the exact sum rounded once, in every type, down to bad cancellation.
 
-The exact sum is in float64, rounded by tests/rounding.py; bfloat16 in large tensors is computed in
-float32 with a repair, which these tests force on small ones.
+The exact sum is in float64, rounded by tests/rounding.py; what has 16 bits in large tensors is
+computed in float32 with a repair, which these tests force on small ones.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from loratools.algebra.device import Device
 from loratools.operations.fuse import blocks
 from loratools.operations.fuse.blocks import Patch, fused_blocks
 from loratools.operations.fuse.terms import DoraTerm, Term, View
+from loratools_formats.core.dtypes import SPACINGS
 from loratools_formats.core.tensors import in_memory
 from loratools_formats.disk.errors import AdapterError
 
@@ -29,9 +30,11 @@ def summed(w, terms, *, single, patches=(), planes=1):
     view = View(*shape)
     by_plane = [[t for t in terms if t.plane == plane] for plane in range(planes)]
     out = np.empty(w.size, w.dtype)
+    tensor = in_memory("w", w)
+    spacing = SPACINGS[tensor.dtype.code] if single else None
     after = 0
     for block in fused_blocks(
-        in_memory("w", w), view, by_plane, patches, single=single, device=Device("cpu")
+        tensor, view, by_plane, patches, single=spacing, device=Device("cpu")
     ):
         assert block.start == after
         after += block.total.size
@@ -56,7 +59,7 @@ def drawn(rng, rows, columns, rank, ratio, kind):
 @pytest.mark.parametrize("ratio", [1e-3, 0.1, 1, 30])
 def test_sums_are_rounded_once(name, ratio):
     w, left, right = drawn(np.random.default_rng(1), 400, 300, 16, ratio, rounding.TYPES[name])
-    got = summed(w, [term(left, right)], single=name == "bf16")
+    got = summed(w, [term(left, right)], single=name != "f32")
     rounding.assert_rounded_once(got, w.astype(np.float64) + left @ right)
 
 
@@ -71,11 +74,26 @@ def test_sums_that_cancel_are_right_to_the_last_place(name, rank, outlier):
     right[:, 11] *= outlier
     cancelled = rng.random(w.shape) < 0.5
     w[cancelled] = (-(left @ right))[cancelled].astype(w.dtype)
-    got = summed(w, [term(left, right)], single=name == "bf16")
+    got = summed(w, [term(left, right)], single=name != "f32")
     exact = w.astype(np.float64) + left @ right
     assert rounding.distances(got, exact).max() <= (1 if name != "f32" else 2)
     if name != "f32":  # of float32, float64 itself is only good for some digits of what is left
         rounding.assert_rounded_once(got, exact)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "f16"])
+@pytest.mark.parametrize("size", [1e25, 1e50, 1e300])
+def test_factors_at_both_ends_of_the_range_cancel_as_others_do(kind, size):
+    """Squares of one side vanish and of the other overflow: the bound of errors was 0 times inf."""
+    rng = np.random.default_rng(5)
+    factors = np.float32 if size < 1e38 else np.float64
+    left = (rng.standard_normal((200, 8)) / size).astype(factors)
+    right = (rng.standard_normal((8, 150)) * size).astype(factors)
+    exact = left.astype(np.float64) @ right.astype(np.float64)
+    w = (-exact).astype(np.float32).astype(rounding.TYPES[kind])
+    with np.errstate(over="ignore", invalid="ignore"):  # as fusing has it
+        got = summed(w, [term(left, right)], single=True)
+    rounding.assert_rounded_once(got, w.astype(np.float64) + exact)
 
 
 def test_what_cancels_altogether_is_left_to_double_precision():
@@ -119,7 +137,7 @@ def test_any_sum_of_rectangles_is_rounded_once(
         exact[top:bottom, side:end] += weight * (part[0] @ part[1])
     before, blocks._BLOCK_ELEMENTS = blocks._BLOCK_ELEMENTS, block
     try:
-        got = summed(w, terms, single=name == "bf16")
+        got = summed(w, terms, single=name != "f32")
     finally:
         blocks._BLOCK_ELEMENTS = before
     off = rounding.distances(got, exact)
@@ -190,12 +208,12 @@ def test_each_plane_of_a_stack_has_its_own_terms(single):
     np.testing.assert_array_equal(got[[0, 2]], w[[0, 2]])
 
 
-@pytest.fixture(scope="module")
-def given_pair(tmp_path_factory):
-    """A base in bfloat16 whose matrix is large enough for float32, and an adapter."""
+@pytest.fixture(scope="module", params=["bf16", "f16"])
+def given_pair(tmp_path_factory, request):
+    """A base of 16 bits whose matrix is large enough for float32, and an adapter."""
     root = tmp_path_factory.mktemp("pair")
     rng = np.random.default_rng(8)
-    kind = rounding.TYPES["bf16"]
+    kind = rounding.TYPES[request.param]
     w = {
         "model.layers.0.mlp.up_proj.weight": rng.standard_normal((1024, 1100)).astype(kind),
         "model.layers.0.mlp.down_proj.weight": rng.standard_normal((300, 200)).astype(kind),

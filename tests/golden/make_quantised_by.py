@@ -114,33 +114,67 @@ def unpacked(name, tensors):
 
 def auto_round(model, out):
     """Yield the cases of AutoRound."""
-    from auto_round import AutoRound
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import os
 
-    # Its asymmetric weights in AWQ's form have no kernel on a CPU.
-    for form, arguments in (
-        ("auto_round", {"scheme": "W4A16", "group_size": 64}),
-        ("auto_round:auto_gptq", {"scheme": "W4A16", "group_size": 64}),
-        ("auto_round", {"scheme": "W2A16", "group_size": 64}),
-        ("auto_round:auto_gptq", {"scheme": "W2A16", "group_size": 64}),
-        ("auto_round", {"scheme": "W3A16", "group_size": 64}),
-        ("auto_round", {"scheme": "W8A16", "group_size": 64}),
-        ("auto_round:auto_gptq", {"scheme": "W8A16", "group_size": 64}),
-        ("auto_round:gptqmodel", {"scheme": "W2A16", "group_size": 64, "sym": False}),
-        ("auto_round:gptqmodel", {"scheme": "W4A16", "group_size": 64, "sym": False}),
-    ):
+    from auto_round import AutoRound
+    from transformers import AutoTokenizer
+
+    os.environ["AR_ALLOW_W8_ASYM"] = "1"
+    data = out / "data.jsonl"
+    data.write_text(f'{{"text": "{"w1 w2 w3 w4 w5 w9 w8 w7 " * 40}"}}\n' * 16)
+    own, gptq, gptqmodel, awq = (
+        "auto_round", "auto_round:auto_gptq", "auto_round:gptqmodel", "auto_round:auto_awq",
+    )  # fmt: skip
+    integers = [
+        (own, 4), (gptq, 4), (own, 2), (gptq, 2), (own, 3), (own, 8), (gptq, 8),
+        (gptqmodel, 2, False), (gptqmodel, 4, False), (own, 8, False),
+        (gptqmodel, 8, False), (gptq, 8, False), (gptq, 4, False), (gptqmodel, 3, False),
+        (own, 5, False), (own, 6, False), (own, 7, False),
+        (awq, 4), (awq, 4, False), (awq, 5, False), (awq, 6), (awq, 7, False),
+    ]  # fmt: skip
+    forms = [
+        (form, {"scheme": f"W{bits}A16", "group_size": 64} | ({"sym": False} if rest else {}))
+        for form, bits, *rest in integers
+    ]
+    names = ("MXFP4", "MXFP8", "MXINT4", "NVFP4", "NVFP4_E5M3")
+    for form, arguments in forms + [(own, {"scheme": name}) for name in names]:
         name = "-".join([form.replace(":", "-"), *(str(v) for v in arguments.values())])
         rounder = AutoRound(
             plain(model), AutoTokenizer.from_pretrained(model), iters=0, disable_opt_rtn=True,
-            device_map="cpu", **arguments,
+            device_map="cpu", nsamples=4, seqlen=16, dataset=str(data), **arguments,
         )  # fmt: skip
         rounder.quantize_and_save(str(out / name), format=form)
         tensors, stated = saved(out / name)
-        (config,) = (out / name).rglob("config.json")
-        loaded = AutoModelForCausalLM.from_pretrained(config.parent, device_map="cpu")
-        layer = loaded.get_submodule(LAYER)
-        kind = tensors["scales"].dtype if "scales" in tensors else torch.bfloat16
-        yield name, tensors, stated, by_identity(layer.to(kind), kind)
+        tensors.pop("input_global_scale", None)
+        yield name, tensors, stated, by_auto_round(out / name, tensors, stated)
+
+
+def by_auto_round(folder, tensors, stated):
+    """Return what AutoRound's layer makes of its weight.
+
+    Two of its forms have no kernel for a CPU where they are asymmetric: what the layers that packed
+    them compute is taken there.
+    """
+    form, bits, size = stated["packing_format"], stated["bits"], stated["group_size"]
+    if form == "auto_round:auto_awq":
+        from auto_round.export.export_to_awq.utils import dequantize_gemm
+
+        parts = (tensors[name] for name in ("qweight", "qzeros", "scales"))
+        return dequantize_gemm(*parts, bits, size).T.contiguous()
+    if form == "auto_round:auto_gptq" and not stated["sym"]:
+        from auto_round_extension.torch.qlinear_torch_zp import QuantLinear
+
+        layer = QuantLinear(bits, size, IN, OUT, bias=False)
+        layer.load_state_dict(tensors)
+        return by_identity(layer, torch.half)
+    from transformers import AutoModelForCausalLM
+
+    (config,) = folder.rglob("config.json")
+    layer = AutoModelForCausalLM.from_pretrained(config.parent, device_map="cpu")
+    layer = layer.get_submodule(LAYER)
+    if "scales" not in tensors:  # layers that quantise what they are given, too
+        return layer.dequant_weight_online().to(torch.bfloat16)
+    return by_identity(layer.to(tensors["scales"].dtype), tensors["scales"].dtype)
 
 
 def autoawq(model, out):
@@ -192,9 +226,25 @@ def comfy_kitchen(model, out):
         ("mxfp8", "TensorCoreMXFP8Layout", torch.bfloat16, {}),
         ("int8_tensorwise", "TensorWiseINT8Layout", torch.float32, {}),
         ("int8_tensorwise", "TensorWiseINT8Layout", torch.float32, {"per_channel": True}),
-    ):
-        found = QuantizedTensor.from_float(weight, layout, **options)
-        said = {"_quantization_metadata": json.dumps({"layers": {"x": {"format": form}}})}
+        (
+            "int8_tensorwise", "TensorWiseINT8Layout", torch.float32,
+            {"per_channel": True, "convrot": True, "convrot_groupsize": 16},
+        ),
+        ("convrot_w4a4", "TensorCoreConvRotW4A4Layout", torch.float32, {"convrot_groupsize": 64}),
+        ("nvfp4", "TensorCoreNVFP4Layout", torch.bfloat16, {"shape": (150, 92)}),
+        ("mxfp8", "TensorCoreMXFP8Layout", torch.bfloat16, {"shape": (150, 92)}),
+    ):  # fmt: skip
+        about = {"format": form, **options}
+        shape = about.pop("shape", None)
+        if shape is not None:
+            about["orig_shape"] = list(shape)
+        own = weight if shape is None else weight[: shape[0], : shape[1]].contiguous()
+        if "w4a4" in form:
+            own = torch.randn(32, 128) * 0.02
+        found = QuantizedTensor.from_float(
+            own, layout, **{k: v for k, v in options.items() if k != "shape"}
+        )
+        said = {"_quantization_metadata": json.dumps({"layers": {"x": about}})}
         tensors = {**found.state_dict("weight"), "metadata": said}
         yield "-".join([form, *options]), tensors, {}, found.dequantize().to(dtype)
 

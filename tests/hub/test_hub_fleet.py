@@ -15,6 +15,7 @@ def squeezed(sources, output):
     return lt.fleet("squeeze", sources, {"rank": 4}, output=output, workers=1)
 
 
+@pytest.mark.slow
 def test_an_organisation_is_a_fleet(here, tmp_path):
     here.add("team/chat", LORA)
     here.add("team/code", RSLORA)
@@ -66,6 +67,7 @@ def test_what_is_done_is_known_on_another_machine_without_the_weights(here, tmp_
     assert run("squeeze", settings) == ("done", False)
 
 
+@pytest.mark.slow
 def test_adapters_of_an_organisation_are_indexed_and_shared(server, program, tmp_path):
     server.add("team/chat", LORA)
     server.add("team/code", RSLORA)

@@ -64,6 +64,7 @@ def squeezed(output, *sources, rank=4, **more):
     return lt.fleet("squeeze", given, {"rank": rank}, output=output, workers=1, **more)
 
 
+@pytest.mark.slow
 def test_a_bucket_holds_the_bytes_of_single_runs(bucket, tmp_path):
     place = "hf://buckets/me/small/run"
     found = squeezed(place, LORA, RSLORA)
@@ -85,6 +86,7 @@ def test_a_bucket_holds_the_bytes_of_single_runs(bucket, tmp_path):
     assert squeezed(place, LORA, RSLORA, rank=2, overwrite=True).made == 2
 
 
+@pytest.mark.slow
 def test_adapters_in_a_bucket_are_members(bucket, tmp_path):
     for name, source in (("a", LORA), ("deep/b", RSLORA)):
         for path in source.iterdir():
@@ -106,6 +108,7 @@ def test_adapters_in_a_bucket_are_members(bucket, tmp_path):
         squeezed(tmp_path / "out", "hf://buckets/me/small/nowhere/*")
 
 
+@pytest.mark.slow
 def test_what_another_process_puts_is_seen_at_once(bucket):
     store = store_of("hf://buckets/me/small/run")
     assert store.read("a/provenance.json") is None
@@ -120,6 +123,7 @@ def test_what_another_process_puts_is_seen_at_once(bucket):
     assert bucket == {"run/a/provenance.json": b"ours"}
 
 
+@pytest.mark.slow
 def test_no_such_bucket(bucket, capsys):
     assert squeezed("hf://buckets/me/small/run", LORA).made == 1
     assert capsys.readouterr().err == ""  # no bars of the library

@@ -33,6 +33,7 @@ def recipe(here, tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_a_recipe_reads_from_the_hub_and_publishes_there(here, recipe):
     planned = lt.run(recipe, dry_run=True)
     assert [step.state for step in planned.steps] == ["planned", "planned"]

@@ -58,6 +58,7 @@ def published(hub, repo="me/small", revision="main"):
     return {name: data for name, data in files.items() if name != ".gitattributes"}
 
 
+@pytest.mark.slow
 def test_a_repository_is_made_if_asked(hub, small):
     with pytest.raises(MissingFileError, match="Make it with `create=True`, or `private=True`"):
         lt.push(small, "me/small")
@@ -73,6 +74,7 @@ def test_a_repository_is_made_if_asked(hub, small):
     assert not hub.repos["me/open"].private
 
 
+@pytest.mark.slow
 def test_one_commit_and_none_if_nothing_changed(hub, small):
     first = lt.push(small, "me/small", create=True)
     repo = hub.repos["me/small"]
@@ -85,6 +87,7 @@ def test_one_commit_and_none_if_nothing_changed(hub, small):
     assert not hub.asked("/api/models/me/small/commit/", "POST")[1:]
 
 
+@pytest.mark.slow
 def test_only_what_changed_changes(hub, small, tmp_path):
     lt.push(small, "me/small", create=True)
     repo = hub.repos["me/small"]
@@ -103,6 +106,7 @@ def first_commit(repo, commit):
     return next(sha for sha in repo.commits if sha == repo.parents[commit])
 
 
+@pytest.mark.slow
 def test_strays_are_not_published(hub, small):
     (small / ".env").write_text("SECRET=1")
     (small / "optimizer.pt").write_bytes(b"x")
@@ -122,6 +126,7 @@ def test_what_the_repository_has_besides_stays(hub, small):
     assert files["README.md"].count(b"# Mine\n") == 1
 
 
+@pytest.mark.slow
 def test_the_card_says_what_it_is(hub, small, monkeypatch):
     monkeypatch.setattr(pushing, "_picture", DRAW)
     lt.push(small, "me/small", create=True)
@@ -155,6 +160,7 @@ def test_the_authors_card_stays_byte_for_byte(hub, small):
     assert not (small / "README.md").read_bytes().startswith(b"---\r\n")  # the folder is untouched
 
 
+@pytest.mark.slow
 def test_a_card_of_ones_own_and_none(hub, small, tmp_path):
     (tmp_path / "card.md").write_text("# Written here\n")
     lt.push(small, "me/small", create=True, card=tmp_path / "card.md")
@@ -165,6 +171,7 @@ def test_a_card_of_ones_own_and_none(hub, small, tmp_path):
         lt.push(small, "me/bare", no_card=True, card="x")
 
 
+@pytest.mark.slow
 def test_a_dry_run_shows_files_and_the_cards_diff(hub, small):
     hub.add("me/small", {"README.md": b"# Mine\n"})
     before = hub.repos["me/small"].sha("main")
@@ -182,6 +189,7 @@ def test_a_dry_run_shows_files_and_the_cards_diff(hub, small):
     assert "me/new" not in hub.repos
 
 
+@pytest.mark.slow
 def test_branches_and_pull_requests(hub, small):
     hub.add("me/small", {})
     main = hub.repos["me/small"].sha("main")
@@ -221,6 +229,7 @@ def test_the_check_comes_first(hub, small):
     assert "me/small" not in hub.repos
 
 
+@pytest.mark.slow
 def test_severities_that_keep_from_publishing(hub, small):
     (small / "pytorch.py").write_text("import os")
     worst = lt.check(small)
@@ -234,6 +243,7 @@ def test_severities_that_keep_from_publishing(hub, small):
 # Other people, and the network.
 
 
+@pytest.mark.slow
 def test_a_commit_of_somebody_else_is_not_overwritten(hub, small):
     hub.add("me/small", {"README.md": b"# Old\n"})
     repo = hub.repos["me/small"]
@@ -289,6 +299,7 @@ def test_a_lost_reply_with_somebody_elses_commit_behind_it(hub, small):
     assert WEIGHTS not in repo.files()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_what_passes_is_repeated(hub, small, status):
     hub.add("me/small", {})
@@ -297,6 +308,7 @@ def test_what_passes_is_repeated(hub, small, status):
     assert len(hub.repos["me/small"].commits) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("status", "said"),
     [(401, "does not allow"), (403, "does not allow"), (409, "something else"), (429, "fewer"),
@@ -314,6 +326,7 @@ def test_what_does_not_pass_leaves_the_old_commit(hub, small, status, said):
     assert hub.repos["me/small"].sha("main") == before
 
 
+@pytest.mark.slow
 def test_a_cut_upload_is_taken_up_again(hub, small, monkeypatch):
     hub.add("me/small", {})
     hub.cut(r"/lfs/\w+", method="PUT", times=1)
@@ -350,6 +363,7 @@ def test_names_that_are_no_repositories(hub, small):
 # Formats and models.
 
 
+@pytest.mark.slow
 def test_other_formats_are_used_in_their_own_way(hub, tmp_path):
     lt.convert(LORA, to="gguf", base=MODEL, output=tmp_path / "x.gguf")
     lt.push(tmp_path / "x.gguf", "me/gguf", create=True, base_model=BASE)
@@ -362,6 +376,7 @@ def test_other_formats_are_used_in_their_own_way(hub, tmp_path):
     assert b"mlx_lm.generate --model loratools/tiny-llama" in published(hub, "me/mlx")["README.md"]
 
 
+@pytest.mark.slow
 def test_a_fused_model(hub, tmp_path):
     lt.fuse(MODEL, LORA, output=tmp_path / "fused")
     (tmp_path / "fused" / "stray.py").write_text("")
@@ -380,6 +395,7 @@ def test_what_is_neither(hub, tmp_path):
         lt.push(tmp_path / "x", "me/x", create=True)
 
 
+@pytest.mark.slow
 def test_an_adapter_in_memory(hub):
     done = lt.push(lt.squeeze(LORA, rank=2).adapter, "me/small", create=True)
     assert set(published(hub)) == NAMES
@@ -389,6 +405,7 @@ def test_an_adapter_in_memory(hub):
 # Outputs that are references.
 
 
+@pytest.mark.slow
 def test_an_output_on_the_hub(hub, tmp_path):
     hub.add("me/a", LORA)
     hub.add("me/b", RSLORA)
@@ -408,6 +425,7 @@ def test_an_output_on_the_hub(hub, tmp_path):
     assert "published" in again.to_dict()
 
 
+@pytest.mark.slow
 def test_a_recipe_with_local_paths_stays_here(hub, tmp_path):
     lt.merge({LORA: 1.0, RSLORA: 0.3}, rank=4, output=tmp_path / "z")
     done = lt.push(tmp_path / "z", "me/z", create=True)
@@ -415,6 +433,7 @@ def test_a_recipe_with_local_paths_stays_here(hub, tmp_path):
     assert done.left_out == ("recipe.yaml",)
 
 
+@pytest.mark.slow
 def test_files_on_the_hub_get_names(hub, tmp_path):
     lt.convert(LORA, to="gguf", base=MODEL, output="hf://me/g")
     assert "g.gguf" in published(hub, "me/g")
@@ -425,6 +444,7 @@ def test_files_on_the_hub_get_names(hub, tmp_path):
     assert "k.safetensors" in published(hub, "me/k")
 
 
+@pytest.mark.slow
 def test_a_model_on_the_hub(hub):
     lt.fuse(f"hf://{BASE}", LORA, output="hf://me/fused")
     files = published(hub, "me/fused")
@@ -442,6 +462,7 @@ def test_where_nothing_can_be_published_nothing_is_computed(hub, monkeypatch):
 # The command line.
 
 
+@pytest.mark.slow
 def test_the_command(server, program, small):
     done = program("push", small, "me/small", "--create")
     assert done.returncode == 0, done.stderr
@@ -459,6 +480,7 @@ def test_the_command(server, program, small):
     assert "--create" in missing.stderr
 
 
+@pytest.mark.slow
 def test_the_function_returns_what_the_command_prints(hub, small):
     hub.add("me/small", {})
     returned = lt.push(small, "me/small", branch="next").to_dict()
@@ -484,6 +506,7 @@ def test_the_command_exits_with_1_for_findings(server, program, small):
     assert "me/small" not in server.repos
 
 
+@pytest.mark.slow
 def test_any_writing_command(server, program):
     server.add("me/tiny", LORA)
     done = program("squeeze", "me/tiny", "--rank", "4", "-o", "hf://me/z")
@@ -499,6 +522,7 @@ def test_any_writing_command(server, program):
     assert "me/q" not in server.repos
 
 
+@pytest.mark.slow
 def test_a_token_that_the_hub_repeats_is_not_shown(server, program, small):
     server.add("me/small", {})
     echo = {"X-Error-Message": f"Bearer {TOKEN} may not"}
@@ -526,6 +550,7 @@ def test_the_snippet_runs(server, program, small, tmp_path):
     assert "q_proj" in done.stdout
 
 
+@pytest.mark.slow
 def test_nothing_is_left_in_the_temporary_folder(hub, small, tmp_path, monkeypatch):
     folder = tmp_path / "tmp"
     folder.mkdir()
@@ -536,6 +561,7 @@ def test_nothing_is_left_in_the_temporary_folder(hub, small, tmp_path, monkeypat
     shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("minted", [True, False])
 def test_trusted_publishing_needs_no_secret(server, program, small, minted):
     pytest.importorskip("huggingface_hub._oidc")
@@ -561,6 +587,7 @@ def test_trusted_publishing_needs_no_secret(server, program, small, minted):
     assert ID_TOKEN not in done.stderr
 
 
+@pytest.mark.slow
 def test_weights_are_published_with_their_configuration(hub, small):
     lt.push(small / WEIGHTS, "me/small", create=True)
     assert set(published(hub)) == NAMES
@@ -579,6 +606,7 @@ def test_a_repository_that_somebody_makes_meanwhile(hub, small):
     assert published(hub) == {"README.md": b"# Theirs\n"}
 
 
+@pytest.mark.slow
 def test_a_server_whose_listings_have_no_hashes(hub, small):
     hub.hashes = False
     lt.push(small, "me/small", create=True)
@@ -594,6 +622,7 @@ def steps_of(card):
     return {row[1].strip("`"): row for row in rows if len(row) == 6}
 
 
+@pytest.mark.slow
 def test_every_step_of_the_card_has_its_error_and_sizes(hub, tmp_path):
     fused = lt.fuse(MODEL, LORA, output=tmp_path / "fused")
     small = lt.quantize(tmp_path / "fused", output=tmp_path / "nf4")

@@ -95,6 +95,7 @@ def test_a_file_that_appears_after_the_check_refuses(hub, adapter, monkeypatch):
     assert "me/made" not in hub.repos
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("moment", REQUESTS)
 def test_a_change_at_a_request_publishes_what_was_read_or_nothing(hub, adapter, moment, change):

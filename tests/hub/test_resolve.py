@@ -109,6 +109,7 @@ def test_names_of_old_models(repos):
         lt.info("gpt2")
 
 
+@pytest.mark.slow
 def test_merging_references_names_them_in_its_recipe(repos, tmp_path):
     made = lt.merge({"me/tiny": 0.5, "hf://me/other": 0.5}, rank=8, output=tmp_path / "both")
     assert [each.name for each in made.adapters] == ["tiny", "other"]
@@ -122,6 +123,7 @@ def test_merging_references_names_them_in_its_recipe(repos, tmp_path):
     assert bytes_of(tmp_path / "third") == bytes_of(tmp_path / "both")
 
 
+@pytest.mark.slow
 def test_other_parameters_that_name_adapters(repos):
     assert lt.compare(["me/tiny", "me/other"]).names == ("tiny", "other")
     adapter = lt.read("me/tiny")
@@ -206,6 +208,7 @@ def test_what_reads_headers_of_an_adapter_fetches_them_only(repos, tmp_path, ins
                 assert codes[0] == codes[1]
 
 
+@pytest.mark.slow
 def test_many_references_are_checked_by_their_headers_too(repos, tmp_path, monkeypatch):
     monkeypatch.setattr("loratools.operations.check.children.FEWEST", 2)
     folder = large_adapter(repos, tmp_path)
@@ -227,6 +230,7 @@ def test_weights_of_an_adapter_come_when_they_are_read_after_all(repos, tmp_path
     assert not repos.asked(r"\.safetensors$", "GET")
 
 
+@pytest.mark.slow
 def test_a_header_beyond_the_first_range_is_completed(repos, tmp_path):
     tensors = {f"block.{i}.weight": np.zeros((1,), np.float32) for i in range(4000)}
     save_file(tensors, tmp_path / "model.safetensors")
@@ -348,6 +352,7 @@ def test_offline_weights_that_are_not_cached_are_missed(repos, tmp_path, monkeyp
         lt.to_dora(LORA, base="me/big")
 
 
+@pytest.mark.slow
 def test_a_cut_download_leaves_nothing_behind(repos, tmp_path):
     repos.cut(r"/resolve/.*adapter_model\.safetensors", method="GET", times=99, after=1000)
     with pytest.raises(HubError):
@@ -407,6 +412,7 @@ def test_models_in_ggufs_and_pipelines(repos):
         lt.info("me/pipeline")
 
 
+@pytest.mark.slow
 def test_the_command_records_what_its_base_was(repos, program):
     repos.aliases["tiny"] = "me/model"
     done = program("convert", "me/tiny", "-o", "x.gguf", "--base", "tiny", "-q")

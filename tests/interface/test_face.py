@@ -254,6 +254,10 @@ def test_options_are_those_of_the_declarations():
     ("call", "error", "text"),
     [
         (lambda: lt.squeeze(LORA, 4), TypeError, r"takes source by position; .* such as rank=4"),
+        (lambda: lt.convert(LORA, "x.gguf"), TypeError, r"such as output='x.gguf'"),
+        (lambda: lt.verify("m", "b"), TypeError, r"takes fused by position; .* such as base='b'"),
+        (lambda: lt.merge([LORA], [0.5]), TypeError, r"weights go with their adapters: \{adapter"),
+        (lambda: lt.fuse("m", LORA, weights=[1]), TypeError, r"no option 'weights'; .*adapters"),
         (lambda: lt.squeeze(LORA, rnk=4), TypeError, r"no option 'rnk'; did you mean 'rank'"),
         (lambda: lt.squeeze(LORA, rank="4"), OptionError, r"rank is of the wrong type.*whole"),
         (lambda: lt.squeeze(LORA, rank=True), OptionError, r"rank is of the wrong type"),
@@ -269,7 +273,7 @@ def test_options_are_those_of_the_declarations():
         (lambda: lt.fuse(MODEL, LORA, fallback="q8_0"), OptionError, r"fallback.*no meaning"),
         (lambda: lt.delta(lt.read(LORA), "q"), OptionError, r"no such module; got q"),
         (lambda: lt.delta(lt.read(DORA), MODULE), UnsupportedError, r"depends on the base model"),
-        (lambda: lt.factors(lt.read(DORA), MODULE), UnsupportedError, r"no product of two"),
+        (lambda: lt.factors(lt.read(DORA), MODULE), UnsupportedError, r"not a product of two"),
         (lambda: lt.convert(LORA), OptionError, r"no output given"),
         (lambda: RankRule(rank="8"), OptionError, r"rank is of the wrong type; got '8'"),
         (lambda: RankRule(budget="much"), OptionError, r"not a budget; got much"),
@@ -327,7 +331,7 @@ def test_a_merge_is_repeated_from_its_recipe(tmp_path):
     lt.merge(tmp_path / "a" / "recipe.yaml", output=tmp_path / "b")
     weights = [tmp_path / name / "adapter_model.safetensors" for name in "ab"]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-    with pytest.raises(OptionError, match="a recipe says all settings"):
+    with pytest.raises(OptionError, match="the recipe states all settings"):
         lt.merge(tmp_path / "a" / "recipe.yaml", rank=4)
 
 

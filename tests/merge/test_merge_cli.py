@@ -256,7 +256,7 @@ def test_different_base_models_are_noted_once_forced(tmp_path, loratools):
         (["--weight-pattern", "(=1", "--dry-run"], "not a regular expression"),
         (["--weight-pattern", "q=1,2,3", "--dry-run"], "wrong number of weights"),
         (["--replacements", "nobody", "--dry-run"], "no such way to settle replacements"),
-        (["--recipe", "x.yaml"], "a recipe says this already"),
+        (["--recipe", "x.yaml"], "the recipe states this already"),
     ],
 )
 def test_wrong_options_give_one_line(tmp_path, loratools, arguments, message):
@@ -271,6 +271,7 @@ def test_no_adapters_and_no_recipe(loratools):
     assert only_line(err) == "error: no adapters to merge. Name some, or pass --recipe FILE"
 
 
+@pytest.mark.slow
 def test_nan_is_one_line_without_warnings(tmp_path):
     broken = save(tmp_path / "a", extra={"layers.0.q.lora_A.weight": np.full((8, 20), np.nan)})
     huge = save(

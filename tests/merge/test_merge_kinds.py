@@ -878,6 +878,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["linear", "karcher", "ties", "dare_ties", "knots", "tsv"])
 def test_bytes_do_not_depend_on_workers_or_runs(tmp_path, method):
     modules = {f"layers.{i}.q": linear(60, 50, 8) for i in range(8)}

@@ -580,7 +580,7 @@ def test_what_a_recipe_says_cannot_be_said_beside_it(tmp_path, loratools, given)
     code, _, err = loratools("merge", "--recipe", recipe, "-o", tmp_path / "out", *given)
     assert code == 2
     (line,) = err.splitlines()
-    assert "a recipe says this already" in line
+    assert "the recipe states this already" in line
 
 
 def test_every_option_is_either_in_recipes_or_free():

@@ -98,6 +98,7 @@ def test_every_writing_operation_has_a_case():
     assert cases == set(writing_functions())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_replay_gives_the_same_bytes(case, from_shelf):
     output = made(from_shelf, case)

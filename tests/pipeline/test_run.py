@@ -106,6 +106,7 @@ def test_results_are_those_of_the_operations_alone(place):
         assert (place / weights).read_bytes() == (place / "release" / weights).read_bytes()
 
 
+@pytest.mark.slow
 def test_what_changed_runs_again_and_nothing_else(place):
     lt.run(place / "release.yaml")
     recipe = place / "release.yaml"
@@ -146,6 +147,7 @@ run.run(sys.argv[1])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("state", "sync"), [(n, 0) for n in range(1, 9)] + [(0, n) for n in (1, 2, 4, 7, 9, 12, 14)]
 )
@@ -246,6 +248,23 @@ def test_results_of_others_are_not_replaced(place):
     with pytest.raises(LoratoolsError, match="would lose files"):
         lt.run(place / "release.yaml", overwrite=True)
     assert (place / "release/both/mine.txt").read_text() == "mine"
+
+
+def test_a_step_that_failed_makes_no_file_its_own(place):
+    """Its key was left; the next run took a user's file for its own and replaced it."""
+    recipe, mine = place / "release.yaml", place / "release/a.safetensors"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    (place / "in/bad.safetensors").write_text("no adapter")
+    steps = "version: 1\nsteps: [{name: a, do: squeeze, source: in/bad.safetensors, rank: 2}]"
+    recipe.write_text(steps)
+    for _ in range(2):
+        with pytest.raises(LoratoolsError, match="is a text and holds no weights"):
+            lt.run(recipe, overwrite=True)
+        with pytest.raises(OutputExistsError, match="no run of a recipe made it"):
+            lt.run(recipe)
+    assert [path.name for path in mine.parent.iterdir()] == ["a.safetensors"]
+    assert mine.read_text() == "mine"
 
 
 def step(text):

@@ -28,6 +28,7 @@ def signing(*words):
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_finished_folder_is_signed_and_verified_with_a_key_offline(both, tmp_path):
     pytest.importorskip("model_signing")
     from cryptography.hazmat.primitives import serialization

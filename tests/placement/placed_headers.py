@@ -9,7 +9,8 @@ from typing import Any
 
 from loratools.base.placement import Placements, place
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.core.adapter import Adapter, Layer, LowRank, ModuleChange, Replacement
+from loratools_formats.core.adapter import Adapter, Replacement
+from loratools_formats.core.change import Layer, LowRank, ModuleChange
 from loratools_formats.core.dtypes import DTYPES
 from loratools_formats.core.tensors import TensorRef
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from loratools.base.placement import Placements, place
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
 from loratools_formats.contract.files import read_adapter
-from loratools_formats.core.adapter import ModuleChange
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.dtypes import Array
 
 

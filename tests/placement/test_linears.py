@@ -35,6 +35,6 @@ def test_the_weights_that_transformers_quantises(tmp_path, name):
     vocabulary = model.config.get_text_config().vocab_size
     alike = {key for key in theirs if base.tensors[key].shape[0] == vocabulary}
     assert theirs - alike <= set(found.weights) <= theirs
-    kept = {f"{kept.module}.weight" for kept in found.kept}
+    kept = {f"{kept.name}.weight" for kept in found.kept}
     matrices = {k for k, ref in base.tensors.items() if len(ref.shape) == 2}
     assert kept | set(found.weights) == {k for k in matrices if k.endswith(".weight")}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from loratools.base.placement.pieces import Piece, put_together
-from loratools_formats.core.adapter import Layer, LowRank
+from loratools_formats.core.change import Layer, LowRank
 from loratools_formats.core.tensors import in_memory
 
 

@@ -13,7 +13,8 @@ from placed_peft import WARNINGS, compared, load, logits, save_adapter, save_bas
 from placed_reference import fused
 
 from loratools.base.placement import place
-from loratools_formats.core.adapter import Layer, LowRank, ModuleChange, Replacement
+from loratools_formats.core.adapter import Replacement
+from loratools_formats.core.change import Layer, LowRank, ModuleChange
 from loratools_formats.core.tensors import in_memory
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 

@@ -8,6 +8,7 @@ from quantised_cases import only, pairs, random_scales, to_words
 from loratools_formats.core.dtypes import DTYPES
 
 F8 = DTYPES["F8_E4M3"].numpy_dtype()
+AUTO_ROUND = {"quant_method": "auto-round", "packing_format": "auto_round"}
 OUT, IN = 64, 128
 
 
@@ -32,7 +33,7 @@ def mlx_mode(rng, bits, group, powers):
     }, {}
 
 
-def gptq(rng, bits, order=None):
+def gptq(rng, bits, order=None, stated=None):
     groups = 4
     index = np.arange(IN) // (IN // groups)
     tensors = {
@@ -42,13 +43,13 @@ def gptq(rng, bits, order=None):
     }
     if order is not None:
         tensors["x.g_idx"] = rng.permutation(index).astype(np.int32)
-    return tensors, {"stated": {"quant_method": "gptq"}}
+    return tensors, {"stated": stated or {"quant_method": "gptq"}}
 
 
-def awq_gemm(rng):
+def awq_gemm(rng, bits=4):
     return {
-        "x.qweight": to_words(rng.integers(0, 16, (IN, OUT)), 4),
-        "x.qzeros": to_words(rng.integers(0, 16, (2, OUT)), 4),
+        "x.qweight": to_words(rng.integers(0, 1 << bits, (IN, OUT)), bits),
+        "x.qzeros": to_words(rng.integers(0, 1 << bits, (2, OUT)), bits),
         "x.scales": random_scales(rng, (2, OUT), "F16"),
     }, {"stated": {"quant_method": "awq", "version": "gemm"}}
 
@@ -111,6 +112,13 @@ def mxfp4(rng, code, scale, kind, scale_kind):
     }, {}
 
 
+def auto_round(rng, data_type, group):
+    return {
+        "x.weight_packed": pairs(rng.integers(0, 16, (OUT, IN))),
+        "x.weight_scale": rng.integers(115, 125, (OUT, IN // group)).astype(np.uint8),
+    }, {"stated": {"quant_method": "auto-round", "data_type": data_type}}
+
+
 def nvfp4(rng, *, divides):
     names = ("weight_packed", "weight_global_scale") if divides else ("weight", "weight_scale_2")
     scales = rng.uniform(1, 400, (OUT, IN // 16)).astype(F8)
@@ -134,6 +142,16 @@ def comfyui(rng, form, group):
         tensors["x.weight_scale"] = rng.integers(115, 125, tiles).astype(np.uint8)
     layers = {module: {"format": form} for module in ("x", "layers.0.q", "layers.1.q")}
     return tensors, {"metadata": {"_quantization_metadata": json.dumps({"layers": layers})}}
+
+
+def convrot(rng, form, bits):
+    codes = rng.integers(-100, 100, (OUT, IN * bits // 8)).astype(np.int8)
+    said = {"format": form, "convrot": True, "convrot_groupsize": 16}
+    layers = dict.fromkeys(("x", "layers.0.q", "layers.1.q"), said)
+    return {
+        "x.weight": codes,
+        "x.weight_scale": numbers(rng, (OUT, 1)),
+    }, {"metadata": {"_quantization_metadata": json.dumps({"layers": layers})}}
 
 
 def fp8(rng, scale, *, kind="F8_E4M3", shape=(OUT, IN), inputs=None, stated=None):
@@ -175,7 +193,9 @@ CASES = {
     **{f"GPTQ {b}": lambda r, b=b: gptq(r, b) for b in (2, 3, 4, 8)},
     "GPTQ 4, columns out of order": lambda r: gptq(r, 4, "mixed"),
     "GPTQ 3, columns out of order": lambda r: gptq(r, 3, "mixed"),
+    **{f"GPTQ {b} of AutoRound": lambda r, b=b: gptq(r, b, stated=AUTO_ROUND) for b in (5, 6, 7)},
     "AWQ gemm": awq_gemm,
+    **{f"AWQ gemm {b}": lambda r, b=b: awq_gemm(r, b) for b in (5, 6, 7)},
     "AWQ gemv": awq_gemv,
     **{f"packed {b}": lambda r, b=b: packed(r, b) for b in range(2, 9)},
     **{f"packed {b}, zeros": lambda r, b=b: packed(r, b, zero=True) for b in (2, 3, 4, 8)},
@@ -190,6 +210,8 @@ CASES = {
     "gpt-oss": gpt_oss,
     "MXFP4 packed": lambda r: mxfp4(r, "x.weight_packed", "x.weight_scale", "U8", "U8"),
     "MXFP4 DeepSeek": lambda r: mxfp4(r, "x.weight", "x.scale", "I8", "F8_E8M0"),
+    "MXINT4": lambda r: auto_round(r, "mx_int", 32),
+    "NVFP4 of E5M3": lambda r: auto_round(r, "nvfp4_v2", 16),
     "NVFP4 compressed-tensors": lambda r: nvfp4(r, divides=True),
     "NVFP4 ModelOpt": lambda r: nvfp4(r, divides=False),
     "FP8 one": lambda r: fp8(r, numbers(r, ())),
@@ -205,6 +227,8 @@ CASES = {
     "torchao INT4": lambda r: torchao(r, "IntxUnpackedToInt8Tensor", (1, 32), bits=4, zero=True),
     "ComfyUI NVFP4": lambda r: comfyui(r, "nvfp4", 16),
     "ComfyUI MXFP8": lambda r: comfyui(r, "mxfp8", 32),
+    "ConvRot INT8": lambda r: convrot(r, "int8_tensorwise", 8),
+    "ConvRot INT4": lambda r: convrot(r, "convrot_w4a4", 4),
     "MXFP8": lambda r: fp8(r, r.integers(115, 125, (OUT, IN // 32)).astype(np.uint8)),
 }  # fmt: skip
 

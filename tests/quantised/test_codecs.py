@@ -439,7 +439,7 @@ def test_nvfp4_of_which_nothing_is_said_is_refused():
         "x.weight_scale": (np.ones((2, 2), F8), "F8_E4M3"),
         "x.weight_scale_2": np.float32(0.1).reshape(()),
     }
-    with pytest.raises(UnsupportedError, match="nothing says whose NVFP4 it is"):
+    with pytest.raises(UnsupportedError, match="does not say whose NVFP4 it has"):
         only(tensors)
 
 

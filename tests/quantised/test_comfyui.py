@@ -90,22 +90,52 @@ def test_integers_with_a_scale(scale):
     check(weight, codes * scales.reshape(-1, 1), "F32")
 
 
-ROTATED = [
-    {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 16},
-    {"format": "int8_tensorwise", "params": {"convrot": True}},
-    {"format": "convrot_w4a4"},
-]
+def hadamard(size):
+    four = np.ones((4, 4)) - 2 * np.fliplr(np.eye(4))
+    matrix = np.ones((1, 1))
+    while len(matrix) < size:
+        matrix = np.kron(matrix, four)
+    return matrix / np.sqrt(size)
 
 
-@pytest.mark.parametrize("said", ROTATED)
-def test_rotated_layers_are_refused(said):
+@pytest.mark.parametrize("group", [4, 16, 64, None])
+@pytest.mark.parametrize("form", ["int8_tensorwise", "convrot_w4a4"])
+def test_rotated_layers(form, group):
+    """The weight that acts is code · scale times the Hadamard matrix of each group of inputs."""
+    width = 512 if group is None else 192
+    half = 128 if form.startswith("int8") else 8
+    codes = RNG.integers(-half, half, (24, width)).astype(np.int8)
+    scales = RNG.uniform(0.01, 0.1, (24, 1)).astype(np.float32)
+    stored_codes = codes
+    if half == 8:
+        stored_codes = ((codes[:, ::2] & 15) | (codes[:, 1::2] & 15) << 4).astype(np.int8)
+    tensors = {"x.weight": stored_codes, "x.weight_scale": scales}
+    size = group or 256
+    meant = (codes * scales.astype(np.float64)).reshape(24, -1, size) @ hadamard(size)
+    said = {} if group is None else {"convrot_groupsize": group}
+    rotated = {} if half == 8 else {"convrot": True}
+    for inner in ({**rotated, **said}, {"params": {**rotated, **said}}):
+        weight = only(tensors, metadata=of_file(format=form, **inner))
+        values = weight.tensor().load(np.float64)
+        bound = 2.0**-20 * np.abs(meant).max()
+        np.testing.assert_allclose(values, meant.reshape(24, width), rtol=0, atol=bound)
+        assert weight.elements(5, 1111).tobytes() == values.astype("f4").ravel()[5:1111].tobytes()
+    ((_, again),) = coded_weights(
+        stored(tensors | {"x.comfy_quant": mark(format=form, **rotated, **said)})
+    ).items()
+    np.testing.assert_array_equal(again.tensor().load(np.float64), values)
+
+
+def test_rotations_that_do_not_fit_are_refused():
     tensors = {"x.weight": np.ones((24, 32), np.int8), "x.weight_scale": np.ones(24, np.float32)}
-    for marked, metadata in (
-        (tensors, of_file(**said)),
-        (tensors | {"x.comfy_quant": mark(**said)}, {}),
-    ):
-        with pytest.raises(UnsupportedError, match=r"stored rotated \(convrot\).*x.weight"):
-            coded_weights(stored(marked, metadata=metadata))
+    for group in (8, 64, "16", 0):
+        said = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": group}
+        with pytest.raises(
+            AdapterError, match=r"groups that a weight is rotated in.*power of four"
+        ):
+            coded_weights(stored(tensors, metadata=of_file(**said)))
+    with pytest.raises(UnsupportedError, match=r"got float8_e4m3fn, rotated \(convrot\)"):
+        coded_weights(stored(tensors, metadata=of_file(format="float8_e4m3fn", convrot=True)))
 
 
 def test_other_formats_and_layers_without_a_description_are_refused():
@@ -117,15 +147,36 @@ def test_other_formats_and_layers_without_a_description_are_refused():
         coded_weights(stored(tensors, metadata=other))
 
 
-def test_padded_layers_are_refused():
-    """A layer of 10 outputs is stored with 16; only its bias or its description tells."""
-    tensors, _ = nvfp4(16, 32)
-    padded = {"format": "nvfp4", "orig_shape": [10, 32]}
-    with pytest.raises(AdapterError, match=r"padded.*got \[16, 32\]; expected \[10, 32\]"):
-        coded_weights(stored(tensors, metadata=of_file(**padded)))
+@pytest.mark.parametrize("form", ["nvfp4", "mxfp8"])
+def test_padded_layers(form):
+    """A layer of 150 outputs and 90 inputs is stored with more, of zeros."""
+    unit = 16 if form == "nvfp4" else 32
+    shape = [-(-size // unit) * unit for size in (150, 90)]
+    tensors, want = (nvfp4 if form == "nvfp4" else mxfp8)(*shape)
+    raw_codes = tensors["x.weight"]
+    codes = raw_codes if form == "nvfp4" else raw_codes[0].view(np.uint8)
+    codes[150:], codes[:, 90 // (2 if form == "nvfp4" else 1) :] = 0, 0
+    told = of_file(format=form, orig_shape=[150, 90])
+    check(only(tensors, metadata=told), want[:150, :90], "BF16")
+    assert only(tensors, metadata=told).encoder() is None
+    with pytest.raises(AdapterError, match=r"may have padded.*orig_shape in its description"):
+        coded_weights(stored(tensors, metadata=of_file(format=form)))
+    for wrong in ([150], [150, shape[1] + 1], [shape[0] - unit, 90], [150.0, 90]):
+        with pytest.raises(AdapterError, match=r"not stored in the shape"):
+            coded_weights(stored(tensors, metadata=of_file(format=form, orig_shape=wrong)))
+
+
+def test_a_bias_tells_how_many_rows_are_padding():
+    tensors, want = nvfp4(16, 32)
+    tensors["x.weight"][10:] = 0
     biased = {"x.bias": np.ones(10, np.float16)}
-    with pytest.raises(AdapterError, match=r"padded.*expected \[10\]"):
-        coded_weights(stored(tensors | biased, metadata=of_file(format="nvfp4")))
+    found = coded_weights(stored(tensors | biased, metadata=of_file(format="nvfp4")))
+    check(found["x.weight"], want[:10], "BF16")
+    with pytest.raises(AdapterError, match=r"may have padded"):
+        coded_weights(stored(tensors, metadata=of_file(format="nvfp4")))
+    for other in (np.ones(17, np.float16), np.ones((10, 1), np.float16)):
+        with pytest.raises(AdapterError, match=r"not stored in the shape.*expected \[1"):
+            coded_weights(stored(tensors | {"x.bias": other}, metadata=of_file(format="nvfp4")))
 
 
 def test_scales_that_fill_no_tiles_are_refused():

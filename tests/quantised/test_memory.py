@@ -45,6 +45,7 @@ class Zeros:
         return bytes(nbytes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_range_needs_memory_for_a_range(name):
     file = Zeros()

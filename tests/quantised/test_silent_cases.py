@@ -11,7 +11,7 @@ from test_written_back import CHANGED, KEPT, base_of, raw, save, values_of
 import loratools as lt
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
 from loratools_formats.core.dtypes import DTYPES
-from loratools_formats.disk.errors import UnsupportedError
+from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError
 
 RNG = np.random.default_rng(5)
 F8 = DTYPES["F8_E4M3"].numpy_dtype()
@@ -120,7 +120,28 @@ def test_auto_round_in_the_form_of_awq(tmp_path, adapter):
     assert lt.fuse(base, adapter, requantize=True).tensors
 
 
-@pytest.mark.parametrize("entry", ["rotation_config", "hadamard_config"])
+def test_auto_round_without_a_packing_has_zeros_less_one():
+    """transformers' AutoRoundConfig begins as `auto_round:gptq`; only the file changes that."""
+    tensors, _ = CASES["GPTQ 4"](np.random.default_rng(0))
+    found = [
+        only(tensors, {"quant_method": "auto-round", **said}).tensor().load(np.float32)
+        for said in ({}, {"packing_format": "auto_round:gptq"}, {"packing_format": "auto_round"})
+    ]
+    assert np.array_equal(found[0], found[1])
+    assert not np.array_equal(found[0], found[2])
+
+
+def test_codes_that_only_the_configuration_tells_apart():
+    """AutoRound's MXINT4 has the tensors of MXFP4; entries of layers say which one is which."""
+    tensors, _ = CASES["MXINT4"](np.random.default_rng(0))
+    said = {"quant_method": "auto-round", "data_type": "mx_fp"}
+    assert str(only(tensors, said).scheme) == "MXFP4, 4 bits, groups of 32"
+    for name in ("x", r"x|lm_head"):
+        stated = {**said, "extra_config": {name: {"data_type": "mx_int"}}}
+        assert str(only(tensors, stated).scheme) == "MXINT4, 4 bits, groups of 32"
+
+
+@pytest.mark.parametrize("entry", ["rotation_config", "hadamard_config", "spinquant_config"])
 def test_auto_round_with_a_rotation_is_refused(entry, tmp_path, adapter):
     base, _, _ = base_of("GPTQ 4", tmp_path / "base")
     set_config(base, quant_method="auto-round", packing_format="auto_round", **{entry: {"a": 1}})
@@ -229,6 +250,75 @@ def test_tensors_that_may_change_what_a_weight_means_are_refused(name, leaf, tmp
     assert lt.fuse(save(tmp_path / "biased", {**tensors, **biased}, config, about), adapter).tensors
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_quantised_weight_whose_part_is_missing_is_refused(name, tmp_path):
+    """What is left of it is no plain tensor. A zero point or an order may be left out."""
+    base, tensors, told = base_of(name, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    about = {
+        key.replace("x.", f"{module}."): text
+        for key, text in told.get("metadata", {}).items()
+        for module in (CHANGED, KEPT)
+    }
+    optional = ("g_idx", "zero_point", "pre_quant_scale", "shape")
+    parts = [k for k in tensors if k.startswith((CHANGED, "m.")) and not k.endswith(optional)]
+    for number, part in enumerate(parts):
+        rest = {key: value for key, value in tensors.items() if key != part}
+        broken = save(tmp_path / f"broken{number}", rest, config, about)
+        with pytest.raises(LoratoolsError) as refused:
+            lt.dequantize(broken, output=tmp_path / "plain")
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("leaf", ["foo", "zero_point", "order", "scales_2", "blocks_foo"])
+def test_tensors_named_after_experts_are_refused(leaf, tmp_path):
+    name = "model.layers.0.mlp.experts.down_proj"
+    tensors = {
+        f"{name}_blocks": pairs(RNG.integers(0, 16, (2, 64, 2, 32))),
+        f"{name}_scales": np.full((2, 64, 2), 120, np.uint8),
+        f"{name}_bias": np.ones((2, 64), np.float32),
+        f"{name}_input_scale": np.ones(1, np.float32),
+    }
+    config = {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}
+    base = save(tmp_path / "base", tensors, config)
+    lt.dequantize(base, output=tmp_path / "plain")
+    assert set(read_checkpoint(tmp_path / "plain").tensors) == {name, f"{name}_bias"}
+    for beside in (f"{name}_{leaf}", f"{name}.{leaf}"):
+        strange = {**tensors, beside: np.ones((2, 64), np.float32)}
+        folder = save(tmp_path / beside.rpartition("experts")[2], strange, config)
+        with pytest.raises(UnsupportedError, match=rf"may change what they mean.*{beside}"):
+            lt.dequantize(folder, output=tmp_path / "plain2")
+    for part in ("blocks", "scales"):
+        rest = {key: value for key, value in tensors.items() if key != f"{name}_{part}"}
+        with pytest.raises(UnsupportedError, match="other parts are missing or wrong"):
+            lt.dequantize(save(tmp_path / part, rest, config), output=tmp_path / "plain2")
+
+
+def test_what_a_configuration_says_of_missing_tensors():
+    """Zero points, orders of columns and ends of rows that are stated must be there."""
+    group = {"num_bits": 4, "group_size": 64, "symmetric": False}
+
+    def stated(**weights):
+        groups = {"group_0": {"weights": {**group, **weights}}}
+        return {"quant_method": "compressed-tensors", "config_groups": groups}
+
+    tensors, _ = CASES["packed 4, zeros"](RNG)
+    assert only(tensors, stated())
+    del tensors["x.weight_zero_point"]
+    with pytest.raises(AdapterError, match=r"is missing.*weight_zero_point"):
+        only(tensors, stated())
+    assert only(tensors, stated(symmetric=True))
+    with pytest.raises(AdapterError, match=r"is missing.*weight_g_idx"):
+        only(tensors, stated(symmetric=True, actorder="group"))
+    del tensors["x.weight_shape"]
+    assert only(tensors, stated(symmetric=True))
+    with pytest.raises(AdapterError, match=r"may end inside of a word.*weight_shape"):
+        only(tensors, stated(symmetric=True, group_size=32))
+    ordered, _ = CASES["GPTQ 4"](RNG)
+    with pytest.raises(AdapterError, match=r"out of order.*g_idx"):
+        only(ordered, {"quant_method": "gptq", "desc_act": True})
+
+
 def test_scaled_activations_of_autoawq_are_refused(tmp_path):
     """Of falcon, bloom, starcoder2 and others AutoAWQ divides an activation by these scales.
 
@@ -253,7 +343,7 @@ def test_eight_bits_need_a_place_to_say_so(section, tmp_path, adapter):
     if section is not None:
         config["quantization_config"] = section
     (base / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedError, match=r"cannot say of single modules.*`changed_bits`"):
+    with pytest.raises(UnsupportedError, match=r"describe how single modules.*`changed_bits`"):
         lt.fuse(base, adapter, changed_bits=8, output=tmp_path / "fused")
     assert lt.fuse(base, adapter, output=tmp_path / "fused").tensors
 

@@ -160,6 +160,26 @@ def test_awq_warns_of_scaled_inputs_when_it_is_written(tmp_path, adapter):
     assert [each.code for each in result.findings] == ["rescaled-inputs"]
 
 
+def test_gptq_says_that_its_codes_cannot_be_chosen_by_data_again(tmp_path, adapter):
+    base, _, told = base_of("GPTQ 4", tmp_path / "base")
+    folder, weight = adapter(128, np.abs(values_of(base, told)).mean())
+    result = lt.fuse(base, {folder: weight}, requantize=True, output=tmp_path / "fused")
+    ((code, message),) = [(each.code, each.message) for each in result.findings]
+    assert code == "nearest-codes"
+    assert "cannot be repeated without data" in message
+    assert not [
+        each
+        for each in lt.fuse(base, {folder: weight}, output=tmp_path / "plain").findings
+        if each.code == "nearest-codes"
+    ]
+
+
+def test_a_weight_of_the_bits_asked_for_keeps_them_by_another_option(tmp_path, adapter):
+    base, _, _ = base_of("FP8 blocks", tmp_path / "base")
+    with pytest.raises(UnsupportedError, match=r"has 8 bits needs no other.*`requantize=True`"):
+        lt.fuse(base, adapter(128)[0], changed_bits=8)
+
+
 def test_ways_to_store_changed_weights_exclude_each_other(tmp_path, adapter):
     base, _, _ = base_of("MLX 4", tmp_path / "base")
     folder, _ = adapter(128)

@@ -145,7 +145,7 @@ def attributes(of):
     return found
 
 
-_SECTIONS = ("Args:", "Options:", "Raises:", "Attributes:", "Returns:")
+_SECTIONS = ("Args:", "Options:", "Raises:", "Attributes:")
 
 
 def markdown(text):
@@ -155,6 +155,9 @@ def markdown(text):
         head, _, rest = block.partition("\n")
         if block.startswith(">>>"):
             parts.append(f"```pycon\n{block}\n```")
+        elif head == "Returns:":
+            inside = True
+            parts.append(f"**Returns**\n\n{' '.join(rest.split())}")
         elif head in _SECTIONS:
             inside = True
             items = re.split(r"^(?=\S)", textwrap.dedent(rest), flags=re.MULTILINE)
@@ -236,8 +239,7 @@ def kinds():
     """Return the kinds of adapters."""
     rows = []
     for kind in all_kinds():
-        tensors = ", ".join(f"`{part}`" for part in kind.parts)
-        tensors += "".join(f", `{part}`?" for part in kind.optional)
+        tensors = ", ".join([*(f"`{p}`" for p in kind.parts), *(f"`{p}`?" for p in kind.optional)])
         exact = "exactly" if kind.low_rank else "up to a rank"
         rows.append([f"`{kind.name}`", kind.title, tensors, kind.needs, exact, kind.source])
     about = (
@@ -245,7 +247,7 @@ def kinds():
         "nothing, the shape of the weight, or the weight itself. A `?` marks a tensor that a "
         "module may lack."
     )
-    header = ["kind", "name", "tensors", "needs of the base", "folds into a LoRA", "source"]
+    header = ["kind", "name", "tensors", "needs of the base", "becomes a LoRA", "source"]
     return page("Kinds", about, table(header, rows))
 
 

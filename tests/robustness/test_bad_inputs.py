@@ -176,7 +176,7 @@ def config(**values):
 
 
 BAD_CONFIG_FILES = {
-    "empty": (b"", "JSON"),
+    "empty": (b"", "is an empty file"),
     "not JSON": (b"peft_type: LORA", "JSON"),
     "byte order mark": (b"\xef\xbb\xbf" + config().encode(), "byte order mark"),
     "UTF-16": (config().encode("utf-16"), "UTF-8"),
@@ -196,7 +196,7 @@ BAD_CONFIG_FILES = {
     "nested deeply": (config(x="[" * 100_000).encode(), "deep"),
     "over 1 MiB": (config(revision='"%s"' % ("x" * (1 << 20))).encode(), "large"),
     "LFS pointer": (LFS_POINTER, "git lfs pull"),
-    "HTML page": (HTML, "JSON"),
+    "HTML page": (HTML, "is a web page"),
 }
 
 
@@ -381,14 +381,14 @@ MANY_NAMES = pickled_views(1 << 20, {f"x{i}": View((1 << 20,), (1,)) for i in ra
 LARGE = views(1 << 24, (1 << 24,), (1,))
 
 BAD_PICKLES = {
-    "not a pickle": (plain(b"\x93NUMPY" * 10), "not a file of pickled weights"),
-    "empty": (plain(b""), "not a file of pickled weights"),
+    "not a pickle": (plain(b"\x93NUMPY" * 10), "is a NumPy array"),
+    "empty": (plain(b""), "is an empty file"),
     "LFS pointer": (plain(LFS_POINTER), "git lfs pull"),
     "code": (plain(CODE), "posix.system"),
     "code in an archive": (in_archive(CODE), "posix.system"),
     "no archive": (plain(b"PK\x03\x04" + bytes(100)), "archive"),
-    "a list": (in_archive(pickle.dumps([1], 2)), "content is a list"),
-    "entries that are no tensors": (in_archive(pickle.dumps({A: [1]}, 2)), "is a list"),
+    "a list": (in_archive(pickle.dumps([1], 2)), "content is of type list"),
+    "entries that are no tensors": (in_archive(pickle.dumps({A: [1]}, 2)), "is of type list"),
     "compressed": (in_archive(LARGE, zipfile.ZIP_DEFLATED, data=bytes(1 << 26)), "compressed"),
     "tensor larger than its storage": (
         in_archive(views(1, (1 << 36,), (0,)), data=bytes(4)),
@@ -399,7 +399,10 @@ BAD_PICKLES = {
         "4398046511104",
     ),
     "many views of one storage": (in_archive(MANY_VIEWS, data=bytes(1 << 22)), "share storage"),
-    "many names of one tensor": (in_archive(MANY_NAMES, data=bytes(1 << 22)), "4999 names"),
+    "many names of one tensor": (
+        in_archive(MANY_NAMES, data=bytes(1 << 22)),
+        "4999 tensors have several names",
+    ),
     "key that takes for ever to hash": (in_archive(ENDLESS_HASH), "a key that is a tuple"),
 }
 

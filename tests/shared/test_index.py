@@ -53,6 +53,7 @@ def test_signs_are_those_of_the_scheme_for_ever():
     assert abs(sketch.signs("m", "out", 4096).mean()) < 5.0 / (4096 * 256) ** 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("modules", [1, 4, 24])
 @pytest.mark.parametrize("rank", [1, 4])
 def test_estimates_are_within_their_stated_error(modules, rank):
@@ -253,7 +254,7 @@ def test_refusals(tmp_path):
         lt.fleet_index([paths[0], paths[0]])
     with pytest.raises(OptionError, match="no adapters"):
         lt.fleet_index([])
-    with pytest.raises(OptionError, match="takes over an output"):
+    with pytest.raises(OptionError, match="takes over an earlier output"):
         lt.fleet_index(paths, update=True)
     with pytest.raises(LoratoolsError, match="exists"):
         lt.fleet_index(paths, output=out)

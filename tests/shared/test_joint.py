@@ -91,6 +91,7 @@ def test_large_cores_improve_by_iteration_as_well(monkeypatch):
     assert iterated == pytest.approx(exact, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_diagonal_cores_cannot_be_improved_by_least_squares_on_dense_matrices(seed):
     pairs = made(seed)

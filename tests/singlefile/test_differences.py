@@ -160,3 +160,40 @@ def test_a_file_of_zeros_that_we_wrote_is_read_again(tmp_path):
 def test_formats_without_differences_say_so(patches):
     with pytest.raises(LossyError):
         lt.convert(patches[0], to="diffusers")
+
+
+@pytest.mark.parametrize("target", ["kohya", "comfyui"])
+def test_a_file_of_differences_alone_is_converted_to_keys_that_comfyui_reads(tmp_path, target):
+    """ComfyUI's `load_lora` asks for `b_norm` only where there is a `w_norm`."""
+    norm, bias = "lora_unet_img_in_norm", "lora_unet_img_in"
+    tensors = {
+        f"{norm}.diff": draw(8),
+        f"{norm}.diff_b": draw(8, seed=1),
+        f"{bias}.diff_b": draw(8, seed=2),
+    }
+    if target == "comfyui":
+        tensors = {k.replace("lora_unet_", "diffusion_model."): v for k, v in tensors.items()}
+    source = saved(tmp_path / "source.safetensors", tensors)
+    out = tmp_path / "out.safetensors"
+    lt.convert(source, to=target, output=out)
+    written = load_file(out)
+    assert {key.rpartition(".")[2] for key in written} == {"w_norm", "b_norm", "diff_b"}
+    for key, values in tensors.items():
+        module, _, leaf = key.rpartition(".")
+        new = {"diff": "w_norm", "diff_b": "b_norm" if "norm" in module else "diff_b"}[leaf]
+        assert np.array_equal(written[f"{module}.{new}"], values)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "values", "message"),
+    [
+        ("diff_b", draw(7), "does not fit its module"),
+        ("diff_b", draw(8, 8), "does not fit its module"),
+        ("diff_b", np.ones(8, np.int32), "floating-point"),
+        ("w_norm", np.ones(8, bool), "floating-point"),
+    ],
+)
+def test_differences_that_fit_nothing_are_refused_when_read(tmp_path, leaf, values, message):
+    path = saved(tmp_path / "x.safetensors", pair() | {f"{_Q}.{leaf}": values})
+    with pytest.raises(AdapterError, match=message):
+        lt.read(path)

@@ -14,6 +14,7 @@ from test_dialects import dense
 from loratools.cli import cli
 from loratools.naming.tables import filled, find_table
 from loratools_formats import read_adapter
+from loratools_formats.disk.errors import AdapterError
 
 H = 8
 MODULES = {
@@ -273,3 +274,26 @@ def test_scaled_eight_bits_of_comfyui_become_16_and_lose_their_marks(tmp_path, m
     (delta,) = file.deltas.values()
     expected = codes.double() * scale.double() + torch.from_numpy(np.asarray(delta, np.float64))
     assert (found.double() - expected).abs().max() <= 2**-8 * expected.abs().max()
+
+
+def test_a_module_in_two_spellings_is_not_fused_once(tmp_path):
+    """Loaders take either of the two; one of them would be lost without a word."""
+    rng = np.random.default_rng(0)
+    down, up = (rng.standard_normal(shape).astype(np.float32) for shape in ((4, H), (H, 4)))
+    flat, dotted = "lora_unet_mid_block_attentions_0_proj_in", "unet.mid_block.attentions.0.proj_in"
+    save_file({f"{dotted.removeprefix('unet.')}.weight": np.zeros((H, H), np.float32)},
+              tmp_path / "base.safetensors")  # fmt: skip
+    tensors = {
+        f"{flat}.lora_down.weight": down, f"{flat}.lora_up.weight": up,
+        f"{dotted}.lora_A.weight": down, f"{dotted}.lora_B.weight": 2 * up,
+    }  # fmt: skip
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    words = ["fuse", tmp_path / "base.safetensors", tmp_path / "adapter.safetensors", "-o"]
+    words += [tmp_path / "fused.safetensors"]
+    done = CliRunner().invoke(cli, [str(word) for word in words])
+    assert isinstance(done.exception, AdapterError)
+    assert "two modules are one in the base" in str(done.exception)
+    assert not (tmp_path / "fused.safetensors").exists()
+    run(*words, "--drop", r"^unet\.")  # which the hint says
+    fused = load_file(tmp_path / "fused.safetensors")
+    assert np.allclose(next(iter(fused.values())), up @ down, rtol=1e-6, atol=1e-6)

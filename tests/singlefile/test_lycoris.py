@@ -14,7 +14,9 @@ from safetensors.numpy import load_file, save_file
 from test_dialects import Known, dense, tensors_of
 from test_resolution import run
 
+import loratools as lt
 from loratools_formats import find_format, read_adapter, write_adapter
+from loratools_formats.disk.errors import AdapterError
 
 ALGORITHMS = {
     "lora": {"algo": "lora"},
@@ -221,3 +223,38 @@ def test_convolutions_without_a_core_keep_their_kernel(tmp_path, kind, command):
     scale = float(tensors.get(f"{module}.alpha", down.shape[0])) / down.shape[0]
     found = scale * up[:, :, 0, 0].astype(np.float64) @ down.reshape(len(down), -1)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+M = "lora_unet_mid_block_attentions_0_proj_in"
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({"lokr_w1": (3, 2), "lokr_w2": (4, 4), "lokr_t2": (2, 2, 3, 3)}, "beside a Tucker core"),
+        (
+            {
+                "lokr_w1_a": (3, 1), "lokr_w1_b": (1, 2), "lokr_w2_a": (4, 2), "lokr_w2_b": (2, 4),
+                "alpha": (),
+            },
+            "different ranks",
+        ),
+        ({"weight": (12, 1), "on_input": ()}, "neither 0 nor 1"),
+    ],
+)  # fmt: skip
+def test_parts_on_which_loaders_disagree_are_refused(tmp_path, shapes, message):
+    path = tmp_path / "x.safetensors"
+    save_file({f"{M}.{leaf}": np.full(s, 0.5, np.float32) for leaf, s in shapes.items()}, path)
+    with pytest.raises(AdapterError, match=message):
+        read_adapter(path)
+
+
+def test_sides_of_lokr_may_have_their_own_ranks_without_alpha(tmp_path):
+    shapes = {"w1_a": (3, 1), "w1_b": (1, 2), "w2_a": (4, 2), "w2_b": (2, 4)}
+    rng = np.random.default_rng(0)
+    parts = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    path = tmp_path / "x.safetensors"
+    save_file({f"{M}.lokr_{name}": values for name, values in parts.items()}, path)
+    want = np.kron(parts["w1_a"] @ parts["w1_b"], parts["w2_a"] @ parts["w2_b"])
+    got = lt.delta(lt.read(path), M)
+    assert np.linalg.norm(got - want) <= 1e-12 * np.linalg.norm(want)

@@ -214,7 +214,7 @@ def test_an_adapter_of_a_component_that_the_pipeline_lacks(pipelines, tmp_path):
     done = CliRunner().invoke(
         cli, ["fuse", str(tmp_path / "pipe"), str(path), "-o", str(tmp_path / "f")]
     )
-    assert "of a component that the base has not" in str(done.exception)
+    assert "belong to a component that the base does not have" in str(done.exception)
     run("fuse", tmp_path / "pipe", path, "-o", tmp_path / "f", "--drop", "^lora_te2_")
 
 

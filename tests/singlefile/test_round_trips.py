@@ -44,6 +44,7 @@ def deltas(path):
     return {name: lt.delta(adapter, name) for name in adapter.modules}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [table.name for table in bundled_tables()])
 def test_there_and_back(name, tmp_path):
     table = find_table(name)
@@ -70,6 +71,7 @@ def test_there_and_back(name, tmp_path):
         assert np.array_equal(found[module], change), module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [table.name for table in bundled_tables()])
 def test_two_spellings_merge_exactly(name, tmp_path):
     """The commonest spellings of one architecture: kohya's original names, and diffusers'."""

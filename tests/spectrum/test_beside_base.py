@@ -55,6 +55,7 @@ def merged(folder, base):
     return weight, whole * (m.reshape(-1) / np.linalg.norm(whole, axis=1))[:, None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_dora_of_full_rank_has_the_intruders_of_the_definition(wide_dora, exact, monkeypatch):
     if not exact:

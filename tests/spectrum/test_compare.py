@@ -236,6 +236,7 @@ def test_modules_that_only_one_has_or_of_other_shapes_are_listed(make_folder):
         compare({"one": read_adapter(one), "lone": read_adapter(lone)})
 
 
+@pytest.mark.slow
 def test_formats_compare_under_the_base_models_names(tmp_path):
     done = run("convert", dense.TINY / "lora", tmp_path / "mlx", "--to", "mlx", "--allow-lossy")
     assert done.returncode == 0, done.stderr
@@ -330,6 +331,7 @@ def test_names_that_only_the_base_brings_together_are_told(tmp_path):
     assert "base" in told.hint
 
 
+@pytest.mark.slow
 def test_the_command_prints_matrices_and_refuses_nonsense():
     paths = [dense.TINY / name for name in ("lora", "rslora", "dora")]
     done = run("compare", *paths)

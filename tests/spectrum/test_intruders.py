@@ -83,6 +83,7 @@ def test_leading_triplets_are_those_of_numpy_where_singular_values_cluster():
     assert_allclose(zero[1], 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora", "rslora"])
 def test_trained_adapters_have_the_intruders_of_the_definition(name):
     from loratools.operations.spectrum.operation import spectrum
@@ -109,6 +110,7 @@ def test_trained_adapters_have_the_intruders_of_the_definition(name):
         assert_allclose(matrix.base.direction_change, np.mean(1.0 - cosine), atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora", "rslora", "dora"])
 def test_bounds_on_trained_adapters_never_contradict_the_definition(name, monkeypatch):
     """As for weights that are too large to decompose: what bounds leave open is counted apart."""

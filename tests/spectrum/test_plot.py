@@ -18,6 +18,7 @@ def run(*arguments):
     return CliRunner().invoke(cli, list(map(str, arguments)), standalone_mode=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", STARTS)
 def test_a_picture_is_drawn_twice_alike(kind, tmp_path):
     pytest.importorskip("matplotlib")

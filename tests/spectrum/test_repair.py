@@ -268,6 +268,7 @@ def test_what_cannot_be_repaired_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_other_formats_are_repaired_as_peft_is(tmp_path):
     base, whole = dense.TINY / "model", lt.repair(dense.TINY / "lora", base=dense.TINY / "model")
     lt.convert(dense.TINY / "lora", to="mlx", output=tmp_path / "mlx")

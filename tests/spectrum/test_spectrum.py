@@ -190,6 +190,7 @@ def test_the_largest_numbers_of_float32_are_finite(make_folder):
     assert_allclose(matrix.measures.frobenius, abs(matrix.scale) * b * a, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_scores_against_references_are_those_of_the_sample(make_folder, tmp_path):
     shelf = tmp_path / "shelf"
     shelf.mkdir()
@@ -244,6 +245,7 @@ def test_a_kind_that_needs_the_base_is_refused_without_it():
         spectrum(read_adapter(KINDS / "oft" / "adapter"))
 
 
+@pytest.mark.slow
 def test_a_second_run_takes_the_svds_from_the_cache(tmp_path, monkeypatch):
     adapter, base = read_adapter(dense.TINY / "lora"), read_checkpoint(BASE)
     options = IntruderOptions(cache=tmp_path / "cache")
@@ -264,6 +266,7 @@ def test_a_second_run_takes_the_svds_from_the_cache(tmp_path, monkeypatch):
     assert spectrum(adapter, base=base, intruders=options) == first
 
 
+@pytest.mark.slow
 def test_csv_and_json_carry_every_number(odd):
     rows = list(csv.DictReader(io.StringIO(run("spectrum", odd, "--csv").stdout)))
     modules = json.loads(run("spectrum", odd, "--json").stdout)["modules"]
@@ -278,6 +281,7 @@ def test_csv_and_json_carry_every_number(odd):
     assert told["error"]["message"] == "--csv and --json exclude each other"
 
 
+@pytest.mark.slow
 def test_hostile_names_are_harmless_in_text_and_csv(make_folder):
     rng = np.random.default_rng(2)
     tensors = {}

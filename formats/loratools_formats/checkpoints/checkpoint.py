@@ -9,33 +9,28 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loratools_formats.checkpoints.no_checkpoint import (
+    STEMS,
+    no_checkpoint,
+    no_weights,
+)
 from loratools_formats.containers.safetensors_read import (
     SafetensorsFile,
     read_safetensors,
     safetensors_names,
 )
-from loratools_formats.contract.path_kinds import architecture, cached, missing, not_weights
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.distant import is_distant, is_there
 from loratools_formats.disk.errors import AdapterError, MissingFileError
 from loratools_formats.disk.files import RegularFile, inside
 from loratools_formats.disk.strict_json import read_object
 
-_STEMS = ("model", "diffusion_pytorch_model")
 CONFIG_FILE = "config.json"
-PIPELINE_INDEX = "model_index.json"
-_ADAPTER_CONFIG = "adapter_config.json"
-_NAME_MODEL = "Name a model's folder, or its weights"
-WEIGHT_SUFFIXES = (
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz",
-    ".ot",
-)  # fmt: skip
 _SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
 _MAX_CONFIG_BYTES = 16 << 20  # lists of labels can be long
 _MAX_JSON_BYTES = 64 << 20
@@ -44,7 +39,7 @@ _TYPES: dict[str, tuple[type, str]] = {
     "quant_method": (str, "a string"),
     "quantization_config": (dict, "an object"),
 }
-"""Values of a configuration by which models and formats are told apart."""
+"""Values of a configuration that distinguish models and formats."""
 
 
 @dataclass(frozen=True)
@@ -120,12 +115,6 @@ class Checkpoint:
         )
 
 
-def is_weights(path: Path) -> bool:
-    """Return whether a file is where `read_checkpoint` looks for weights in a folder."""
-    endings = (".safetensors", ".safetensors.index.json")
-    return path.is_file() and path.name in {f"{s}{e}" for s in _STEMS for e in endings}
-
-
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read the headers of a checkpoint: a file, or a folder with one file or an index.
 
@@ -138,19 +127,12 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         try:
             file = read_safetensors(target)
         except AdapterError as error:
-            kind = not_weights(target) if target.is_file() else None
-            if kind is None:
-                raise
-            raise MissingFileError(
-                kind.what,
-                path=target,
-                hint=kind.hint if "adapter" not in kind.hint else _NAME_MODEL,
-            ) from error
+            raise (no_weights(target) or error) from error
         return Checkpoint(target, file.tensors, {}, (file,))
     place = target / CONFIG_FILE
     read = (RegularFile(place),) if place.exists() else ()
     config = _config(read[0]) if read else {}
-    for stem in _STEMS:
+    for stem in STEMS:
         index_file = target / f"{stem}.safetensors.index.json"
         if index_file.exists():
             listing = RegularFile(index_file)
@@ -160,7 +142,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         if is_there(target / f"{stem}.safetensors"):
             file = read_safetensors(inside(target, f"{stem}.safetensors"))
             return Checkpoint(target, file.tensors, config, (file,), stem, read=read)
-    raise _nothing_there(target)
+    raise no_checkpoint(target)
 
 
 def checkpoint_names(path: str | os.PathLike[str]) -> list[str]:
@@ -175,72 +157,15 @@ def checkpoint_names(path: str | os.PathLike[str]) -> list[str]:
     """
     target = Path(path)
     if target.is_dir():
-        for stem in _STEMS:
+        for stem in STEMS:
             names = (f"{stem}.safetensors.index.json", f"{stem}.safetensors")
             found = next((target / name for name in names if is_there(target / name)), None)
             if found is not None:
                 return checkpoint_names(found)
-        raise _nothing_there(target)
+        raise no_checkpoint(target)
     if target.suffix == ".json":
         return list(_listed(target, _json(target)))
     return safetensors_names(target)
-
-
-def _nothing_there(target: Path) -> MissingFileError:
-    if not target.exists():
-        return missing(target)
-    kind = cached(target) if target.is_dir() else None
-    if kind is not None:
-        return MissingFileError(kind.what, path=target, hint=kind.hint)
-    if (target / _ADAPTER_CONFIG).is_file():
-        fused = f"loratools fuse MODEL {shlex.quote(os.fspath(target))} -o fused"
-        return MissingFileError(
-            "is an adapter, not a model", path=target, hint=f"To put it into its model: {fused}"
-        )
-    if (target / PIPELINE_INDEX).is_file():
-        return MissingFileError(
-            "is a whole diffusion pipeline, and one component's folder is needed",
-            path=target,
-            hint=f"Give one of its folders: {_components(target)}",
-        )
-    return MissingFileError(
-        "no checkpoint there",
-        path=target,
-        expected=" or ".join(f"{stem}.safetensors[.index.json]" for stem in _STEMS),
-        hint=_other_weights(target),
-    )
-
-
-def _components(pipeline: Path) -> str:
-    """Return the folders of a pipeline that hold checkpoints."""
-    found = [
-        shlex.quote(os.fspath(folder))
-        for folder in sorted(pipeline.iterdir())
-        if folder.is_dir() and any(map(is_weights, folder.iterdir()))
-    ]
-    return ", ".join(found) or "none holds weights as safetensors"
-
-
-def _other_weights(folder: Path) -> str | None:
-    """Return a hint about weight files of other kinds or names."""
-    if not folder.is_dir():
-        return None
-    found = sorted(p.name for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES)
-    if any(name.startswith("pytorch_model") and name.endswith(".bin") for name in found):
-        return f"Its weights are pickled; make safetensors of them: {_from_pickles(folder)}"
-    return f"It holds {', '.join(found[:3])}; name a .safetensors file itself" if found else None
-
-
-def _from_pickles(folder: Path) -> str:
-    """Return a command that saves a model's pickled weights as safetensors, with transformers."""
-    name = architecture(folder).strip(" ()")
-    of_class = name if name.isidentifier() else "AutoModel"
-    source, target = os.fspath(folder), f"{os.fspath(folder).rstrip('/')}-safetensors"
-    code = (
-        f"import transformers as t; t.{of_class}.from_pretrained({source!r}, dtype='auto')"
-        f".save_pretrained({target!r})"
-    )
-    return f"python -c {shlex.quote(code)}"
 
 
 def _config(file: RegularFile) -> dict[str, Any]:
@@ -285,6 +210,12 @@ def _shards(
                 path=path,
                 got=name,
                 expected="a plain name ending in .safetensors",
+            )
+        if not is_there(folder / name):
+            raise MissingFileError(
+                "is listed in the index and is not there",
+                path=folder / name,
+                hint="Fetch it, or the whole model again",
             )
         file = read_safetensors(inside(folder, name))
         files.append(file)

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loratools_formats.checkpoints.checkpoint import CONFIG_FILE, WEIGHT_SUFFIXES, Checkpoint
+from loratools_formats.checkpoints.checkpoint import CONFIG_FILE, Checkpoint
+from loratools_formats.checkpoints.no_checkpoint import WEIGHT_SUFFIXES
 from loratools_formats.checkpoints.quantization import QUANTISATION_FILES
 from loratools_formats.checkpoints.shard_plan import NewTensor, Shard, new_nbytes
 from loratools_formats.checkpoints.shards import check_space, write_shards

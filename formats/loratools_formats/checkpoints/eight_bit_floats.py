@@ -17,7 +17,7 @@ DeepSeek-V4 (`scale`), Mistral Large (`qscale_weight`), fbgemm_fp8, compressed-t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,10 +89,18 @@ def _scales_of(key: str, tensors: Mapping[str, TensorRef]) -> list[str]:
     return [name for name in _scale_names(key) if name in tensors]
 
 
-def activation_scales(tensors: Mapping[str, TensorRef]) -> tuple[str, ...]:
-    """Return the names of scales that belong to activations, not to weights."""
+def activation_scales(
+    tensors: Mapping[str, TensorRef], stacks: Collection[str] = ()
+) -> tuple[str, ...]:
+    """Return the names of scales that belong to activations, not to weights.
+
+    Args:
+        tensors: those of a checkpoint.
+        stacks: names of quantised weights, after which such scales may be named.
+    """
     suffixes = tuple(f".{name}" for name in _OF_ACTIVATIONS)
-    return tuple(key for key in tensors if key.endswith(suffixes))
+    of_stacks = {f"{key}_{name}" for key in stacks for name in _OF_ACTIVATIONS}
+    return tuple(key for key in tensors if key.endswith(suffixes) or key in of_stacks)
 
 
 def _weight(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from loratools_formats.checkpoints.checkpoint import PIPELINE_INDEX, checkpoint_names, is_weights
+from loratools_formats.checkpoints.checkpoint import checkpoint_names
+from loratools_formats.checkpoints.no_checkpoint import PIPELINE_INDEX, is_weights
 from loratools_formats.disk.errors import AdapterError, MissingFileError
 
 ADAPTED = (

@@ -67,7 +67,7 @@ _BESIDE_CONFIG = {
 }
 """Files that say how weights are quantised where config.json does not, and what they are of."""
 
-_ROTATIONS = ("rotat", "hadamard")
+_ROTATIONS = ("rotat", "hadamard", "spinquant", "quarot")
 """What names of entries say that weights are rotated, as AutoRound and FP-Quant write them."""
 
 _ABOUT = "meta"
@@ -162,6 +162,20 @@ def parts_beside(key: str, tensors: Mapping[str, Any]) -> list[str]:
     if module != key:
         names += [f"{module}.{leaf}" for leaf in _BESIDE_MODULE]
     return [name for name in names if name in tensors]
+
+
+def is_lone_part(key: str, *, is_integer: bool) -> bool:
+    """Return whether a tensor's name is that of a part of a quantised weight.
+
+    In a checkpoint that is quantised no other tensor is named so; plain ones may have such tensors.
+
+    Args:
+        key: name of the tensor.
+        is_integer: whether it holds integers.
+    """
+    leaf = key.rpartition(".")[2]
+    named = leaf.removeprefix("_").removeprefix("weight") in _BESIDE_WEIGHT and "weight" in leaf
+    return named or (is_integer and leaf.endswith(("_blocks", "_scales")))
 
 
 def is_part(key: str) -> bool:

@@ -24,7 +24,8 @@ from loratools_formats.containers.torch_states import ARCHIVE_START, PICKLE_STAR
 from loratools_formats.core.dtypes import DTYPES, DType
 from loratools_formats.core.tensors import Buffer, TensorRef, in_file
 from loratools_formats.disk.errors import AdapterError
-from loratools_formats.disk.files import RegularFile, refuse_lfs_pointer
+from loratools_formats.disk.files import RegularFile
+from loratools_formats.disk.first_bytes import refuse_other_file
 
 _MEMORY_BYTES = 1 << 30
 _CPU_SECONDS = 30
@@ -58,13 +59,13 @@ def read_bin(path: Path, part: tuple[int, int] | None = None) -> SafetensorsFile
 def _check_start(file: RegularFile, begin: int, nbytes: int) -> None:
     """Refuse what is neither of torch's containers before a process is started for it."""
     start = bytes(file.read_at(begin, min(nbytes, _TAR_MAGIC_AT + len(_TAR_MAGIC))))
-    refuse_lfs_pointer(start, file.path)
     if start[_TAR_MAGIC_AT:] == _TAR_MAGIC:
         raise AdapterError(
             "is a tar archive, as torch saved before 2017, or not pickled weights",
             path=file.path,
             hint=_SAVE_AGAIN,
         )
+    refuse_other_file(start, nbytes, file.path)
     if not start.startswith((ARCHIVE_START, PICKLE_START)):
         raise AdapterError("is not a file of pickled weights", path=file.path, got=start[:24])
 
@@ -90,7 +91,7 @@ def _found(file: RegularFile, begin: int, nbytes: int) -> list[list[Any]]:
         told = None
     if not isinstance(told, dict):
         raise AdapterError(
-            "pickled weights could not be read within the bounds for them",
+            "pickled weights could not be read within the limits of memory and time",
             path=file.path,
             got=_failure(child),
             hint=_SAVE_AGAIN,

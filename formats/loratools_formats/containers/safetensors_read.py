@@ -21,11 +21,18 @@ from loratools_formats.core.dtypes import DTYPES, DType
 from loratools_formats.core.tensors import TensorRef, in_file
 from loratools_formats.disk.distant import open_file
 from loratools_formats.disk.errors import AdapterError
-from loratools_formats.disk.files import RegularFile, refuse_lfs_pointer
+from loratools_formats.disk.files import RegularFile
+from loratools_formats.disk.first_bytes import (
+    ARCHIVE_START,
+    FETCH_AGAIN,
+    is_cut_safetensors,
+    refuse_other_file,
+)
 from loratools_formats.disk.strict_json import parsed_object
 
 LENGTH_BYTES = 8
 _MARKS_PER_TENSOR = 16
+_START_BYTES = 512
 METADATA = "__metadata__"
 _FIELDS = {"data_offsets", "dtype", "shape"}
 
@@ -113,15 +120,16 @@ def _read(file: RegularFile, limits: Limits) -> SafetensorsFile:
 def _header(file: RegularFile, limits: Limits) -> tuple[dict[str, Any], int]:
     """Return the entries of a header, not yet checked, and where the data begin."""
     size = file.nbytes
+    start = bytes(file.read_at(0, min(size, _START_BYTES)))
     if size < LENGTH_BYTES:
+        refuse_other_file(start, size, file.path)
         raise AdapterError(
             "truncated safetensors header",
             path=file.path,
             got=f"{size} bytes",
             expected="at least 8",
+            hint=FETCH_AGAIN,
         )
-    start = bytes(file.read_at(0, min(size, 64)))
-    refuse_lfs_pointer(start, file.path)
     (length,) = struct.unpack("<Q", start[:LENGTH_BYTES])
     if length > size - LENGTH_BYTES or length < 2:
         raise _not_safetensors(file, start, length)
@@ -134,6 +142,7 @@ def _header(file: RegularFile, limits: Limits) -> tuple[dict[str, Any], int]:
         )
     text = bytes(file.read_at(LENGTH_BYTES, length))
     if not text.startswith(b"{"):
+        refuse_other_file(start, size, file.path)
         raise AdapterError("safetensors header is not a JSON object", path=file.path, got=text[:24])
     _check_amount(text, file.path, limits)
     header = parsed_object(
@@ -162,16 +171,35 @@ def _check_amount(text: bytes, path: Path, limits: Limits) -> None:
 def _not_safetensors(file: RegularFile, start: bytes, length: int) -> AdapterError:
     if start.startswith(b"GGUF"):
         return AdapterError(
-            "is a GGUF file", path=file.path, got="GGUF", expected="a safetensors file or folder"
+            "is a GGUF file",
+            path=file.path,
+            expected="a safetensors file or folder",
+            hint="Take the files that it was made from; `fuse` and `convert` take GGUF models, too",
         )
-    if start[:LENGTH_BYTES].isascii() and start[:1] in b"<{[ \n#PvV":
+    if is_cut_safetensors(start, file.nbytes):
         return AdapterError(
-            "is not a safetensors file", path=file.path, got=f"a start of {start[:24]!r}"
+            "is a safetensors file that ends within its header",
+            path=file.path,
+            got=f"{file.nbytes} bytes",
+            expected=f"more than {LENGTH_BYTES + length}",
+            hint=FETCH_AGAIN,
         )
+    if start.startswith(ARCHIVE_START):
+        return AdapterError(
+            "is a zip archive",
+            path=file.path,
+            expected="a safetensors file",
+            hint="Give it the ending .bin if torch saved it; unpack it if not",
+        )
+    try:
+        refuse_other_file(start, file.nbytes, file.path)
+    except AdapterError as error:
+        return error
     return AdapterError(
-        "truncated or not a safetensors file",
+        "is not a safetensors file",
         path=file.path,
         got=f"a header length of {length} in a file of {file.nbytes} bytes",
+        hint=FETCH_AGAIN,
     )
 
 
@@ -274,7 +302,11 @@ def _check_layout(
     if position != data_nbytes:
         kind = "truncated" if position > data_nbytes else "bytes after the last tensor"
         raise AdapterError(
-            f"safetensors data: {kind}", path=path, got=f"{data_nbytes} bytes", expected=position
+            f"safetensors data: {kind}",
+            path=path,
+            got=f"{data_nbytes} bytes",
+            expected=position,
+            hint=FETCH_AGAIN if position > data_nbytes else None,
         )
 
 

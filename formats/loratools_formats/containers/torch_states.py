@@ -23,6 +23,7 @@ from loratools_formats.core.dtypes import DTYPES
 from loratools_formats.disk.errors import AdapterError
 
 ARCHIVE_START, PICKLE_START = b"PK\x03\x04", b"\x80"
+NO_TORCH_ARCHIVE = "is not an archive of torch"
 _LARGEST_PICKLE = 64 << 20
 _MOST_AXES = 8
 _MOST_TENSORS = 200_000
@@ -129,7 +130,7 @@ def tensors_in(file: Bytes) -> list[Found]:
         same_as = None if twin == name else twin
         found.append(Found(name, view.code, _shape(name, view), begin, steps, same_as))
     if (count := sum(one.same_as is not None for one in found)) > _MOST_SAME:
-        raise AdapterError(f"{count} names are of tensors that have others", hint=_SAVE_AGAIN)
+        raise AdapterError(f"{count} tensors have several names", hint=_SAVE_AGAIN)
     if total > _MOST_SHARING * file.nbytes:
         raise AdapterError(
             f"tensors share storage and claim {total} bytes, many times the file", hint=_SAVE_AGAIN
@@ -152,19 +153,22 @@ def _views(state: object) -> dict[str, View]:
         state = inner if isinstance(inner, dict) else state
     if not isinstance(state, dict):
         raise AdapterError(
-            f"content is a {_kind(state)}, not a map of names to tensors", hint=_SAVE_AGAIN
+            f"content is of type {_kind(state)}, not a map of names to tensors", hint=_SAVE_AGAIN
         )
     if len(state) > _MOST_TENSORS:
         raise AdapterError("too many tensors", got=len(state), expected=f"at most {_MOST_TENSORS}")
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, View):
             raise AdapterError(
-                f"entry {name!r} is a {_kind(value)}, not a tensor with a name", hint=_SAVE_AGAIN
+                f"entry {name!r} is of type {_kind(value)}, not a tensor with a name",
+                hint=_SAVE_AGAIN,
             )
     return state
 
 
 def _kind(value: object) -> str:
+    if isinstance(value, View):
+        return "Tensor"
     return value.name if isinstance(value, Global) else type(value).__name__
 
 
@@ -199,7 +203,7 @@ def _from_archive(file: Bytes) -> tuple[object, Callable[[Storage], int]]:
     tops = [name[: -len(b"data.pkl")] for name in members if name.endswith(b"/data.pkl")]
     if len(tops) != 1:
         raise AdapterError(
-            "is not an archive of torch", got=f"{len(tops)} members called data.pkl", expected="one"
+            NO_TORCH_ARCHIVE, got=f"{len(tops)} members called data.pkl", expected="one"
         )
     top = tops[0]
     if top + b"constants.pkl" in members:
@@ -248,7 +252,7 @@ def _from_pickles(file: Bytes) -> tuple[object, Callable[[Storage], int]]:
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise AdapterError("pickled weights are big-endian", hint=_SAVE_AGAIN)
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-        raise malformed("a list of storages that is none")
+        raise malformed("a list of storages that is no list")
     behind = at
 
     def begin(storage: Storage) -> int:
@@ -399,7 +403,7 @@ def _parameter(data: object, *_: object) -> object:
 
 
 def _sparse(*_: object) -> object:
-    raise AdapterError("sparse tensors are no weights of adapters", hint=_SAVE_AGAIN)
+    raise AdapterError("sparse tensors are not read", hint=_SAVE_AGAIN)
 
 
 def _encoded(text: object, _encoding: object = "") -> object:

@@ -28,10 +28,14 @@ def command_on(adapter: Adapter | None, verb: str, *options: str, output: str = 
     if adapter is None or adapter.source is None:
         return " ".join(["loratools", verb, "ADAPTER", *options, "-o", output])
     source, suffix = str(adapter.source), ""
+    words = " ".join(options).split()
+    target = words[words.index("--to") + 1] if "--to" in words[:-1] else adapter.format
     for entry in registered_formats():
-        written = entry.format if entry.name == adapter.format else None
-        if written is not None and written.write is not None and not written.is_folder:
-            suffix = next((s for s in written.suffixes if source.lower().endswith(s)), "")
+        written = entry.format if entry.name == target else None
+        if written is not None and written.is_writable and not written.is_folder:
+            of_source = [s for s in written.suffixes if source.lower().endswith(s)]
+            usual = written.suffixes if target != adapter.format else ()
+            suffix = next(iter((*of_source, *usual)), "")
     return " ".join(["loratools", verb, shlex.quote(source), *options, "-o", output + suffix])
 
 

@@ -183,7 +183,8 @@ def write_adapter(
 
         convert = command_on(adapter, "convert", "--to", chosen.name, output="converted")
         raise UnsupportedError(
-            f"an adapter of format {adapter.format} is not in the terms of format {chosen.name}",
+            f"an adapter of format {adapter.format} cannot be written as {chosen.name} "
+            "without a conversion",
             path=adapter.source,
             hint=f"Convert it first, with loratools.write or: {convert}",
         )

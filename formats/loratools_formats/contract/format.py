@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import UnsupportedError
 
@@ -115,6 +116,20 @@ class Format:
 
         Args:
             adapter: as `read` returned it.
+        """
+        del adapter
+        return []
+
+    def writing_findings(self, adapter: Adapter) -> list[Finding]:
+        """Return findings about the form in which `write` would store an adapter.
+
+        By default there is one form.
+
+        Args:
+            adapter: to be written.
+
+        Raises:
+            UnsupportedError: the format cannot hold it.
         """
         del adapter
         return []

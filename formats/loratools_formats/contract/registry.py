@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import os
+import shlex
 import warnings
 from pathlib import Path
 
@@ -61,8 +62,7 @@ def get_format(name: str) -> Format:
         close = difflib.get_close_matches(name, known, n=1)
         raise UnknownFormatError(
             f"no format named {name!r}",
-            expected=" or ".join(known),
-            hint=f"Did you mean {close[0]!r}?" if close else None,
+            hint=f"Did you mean {close[0]!r}?" if close else f"Known formats: {', '.join(known)}",
         )
     if matches[0].format is None:
         raise UnknownFormatError(f"format {name!r} is broken", got=matches[0].error)
@@ -105,22 +105,17 @@ def find_format(path: str | os.PathLike[str]) -> Format:
         raise UnknownFormatError(
             f"several formats recognise it: {names}", path=path, hint="Name one with `format`"
         )
-    hint = f"Known formats: {', '.join(one.name for one in _working())}"
     below = _adapters_below(target) if target.is_dir() else []
     if below:
-        hint = f"It holds adapters in sub-folders; name one of: {', '.join(below)}"
-    from loratools_formats.contract.path_kinds import kind_of
-
-    kind = None if below else kind_of(target)
-    if kind is not None:
-        raise UnknownFormatError(kind.what, path=path, hint=kind.hint or None)
-    if target.is_dir() and not below:
         raise UnknownFormatError(
-            "is a folder that holds no adapter, and its sub-folders hold none",
+            "is a folder with adapters in sub-folders",
             path=path,
-            hint="Name the folder or the file of an adapter",
+            hint=f"Name one of them: {', '.join(below)}",
         )
-    raise UnknownFormatError("no known format recognises it as an adapter", path=path, hint=hint)
+    from loratools_formats.contract.path_kinds import kind_of, of_nothing_below
+
+    kind = kind_of(target) or of_nothing_below(target)
+    raise UnknownFormatError(kind.what, path=path, hint=kind.hint or None)
 
 
 def _adapters_below(folder: Path) -> list[str]:
@@ -129,7 +124,11 @@ def _adapters_below(folder: Path) -> list[str]:
     except OSError:
         return []
     formats = _working()
-    return [child.name for child in children if any(_recognises(one, child) for one in formats)]
+    return [
+        shlex.quote(os.fspath(child))
+        for child in children
+        if any(_recognises(one, child) for one in formats)
+    ]
 
 
 def format_for_output(path: str | os.PathLike[str]) -> Format:

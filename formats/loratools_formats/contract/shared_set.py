@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loratools_formats.contract.commands import command_on
-from loratools_formats.core.adapter import Adapter, Layer, Replacement
+from loratools_formats.core.adapter import Adapter, Replacement
+from loratools_formats.core.change import Layer
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk import strict_json

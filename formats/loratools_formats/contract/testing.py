@@ -25,7 +25,8 @@ from pathlib import Path
 from loratools_formats.contract.files import read_adapter, write_adapter
 from loratools_formats.contract.format import Format
 from loratools_formats.contract.registry import find_format, get_format
-from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.disk.errors import LoratoolsError, OutputExistsError
 
 

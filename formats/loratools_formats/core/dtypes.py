@@ -7,10 +7,11 @@ floats; `ml_dtypes` supplies them and is imported only when one is met.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from loratools_formats.core import half
 from loratools_formats.disk.errors import MissingDependencyError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -95,6 +96,27 @@ _TABLE = (
 DTYPES: dict[str, DType] = {entry.code: entry for entry in _TABLE}
 
 
+@dataclass(frozen=True)
+class Spacing:
+    """How far numbers of a type are apart.
+
+    Attributes:
+        relative: distance of neighbours just above a power of two, over that power.
+        smallest: distance of neighbours next to zero.
+    """
+
+    relative: float
+    smallest: float
+
+
+SPACINGS = {
+    "F64": Spacing(2.0**-52, 2.0**-1074),
+    "F32": Spacing(2.0**-23, 2.0**-149),
+    "F16": Spacing(2.0**-10, 2.0**-24),
+    "BF16": Spacing(2.0**-7, 2.0**-133),
+}
+
+
 _LONG_RANGE = ("BF16", "F32", "F64")
 
 
@@ -146,7 +168,12 @@ def converted(array: Array, dtype: DTypeLike) -> Array:
     import numpy as np
 
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        return array.astype(dtype, copy=False)
+        convert = _half_conversion(array, np.dtype(dtype))
+        if convert is None:
+            return array.astype(dtype, copy=False)
+        out = np.empty(array.shape, dtype)
+        convert(array.reshape(-1), out.reshape(-1))
+        return out
 
 
 def encode(array: Array, dtype: DType) -> Array:
@@ -161,21 +188,38 @@ def encode(array: Array, dtype: DType) -> Array:
 
 
 def round_into(values: Array, out: Array) -> None:
-    """Round contiguous values into `out`, once and to nearest, from float64 to bfloat16 too.
+    """Put contiguous values into `out`, rounded once and to nearest, from float64 to bfloat16 too.
 
-    Conversion by way of float32 rounds twice. Rounding to odd on the way, which keeps in the last
-    bit that something was cut off, makes the second rounding that of the exact value
-    (Boldo and Melquiond 2008, doi 10.1109/TC.2007.70819).
+    Conversion by way of float32 would round twice; it is rounded to odd on the way.
     """
     import numpy as np
 
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         if values.dtype == np.float64 and out.dtype.name == "bfloat16":
-            values = _rounded_to_odd(values)
-        np.copyto(out, values, casting="unsafe")
+            values = rounded_to_odd(values)
+        convert = _half_conversion(values, out.dtype)
+        if convert is None:
+            np.copyto(out, values, casting="unsafe")
+        else:
+            convert(values.reshape(-1), out.reshape(-1))
 
 
-def _rounded_to_odd(values: Array) -> Array:
+def _half_conversion(values: Array, dtype: np.dtype[Any]) -> Callable[[Array, Array], None] | None:
+    """Return the fast way between float16 and float32; None if it is not for these values."""
+    if values.size < half.LEAST_ELEMENTS or not values.flags.c_contiguous:
+        return None
+    if not (values.dtype.isnative and dtype.isnative):
+        return None
+    ways = {("e", "f"): half.widen, ("f", "e"): half.narrow}
+    return ways.get((values.dtype.char, dtype.char))
+
+
+def rounded_to_odd(values: Array) -> Array:
+    """Return float64 values in float32, whose last bit is odd where something was cut off.
+
+    Rounding that to a shorter type is rounding the exact value once (Boldo and Melquiond 2008,
+    doi 10.1109/TC.2007.70819).
+    """
     import numpy as np
 
     narrow = values.astype(np.float32)

@@ -6,7 +6,8 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from loratools_formats.core.adapter import Adapter, Layer, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import Layer, ModuleChange
 from loratools_formats.core.dtypes import DTYPES
 from loratools_formats.core.nothing import NOT_GATHERED
 from loratools_formats.core.tensors import TensorRef, rounded

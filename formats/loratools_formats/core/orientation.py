@@ -11,8 +11,11 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from loratools_formats.core.adapter import KindDelta, LowRank
+from loratools_formats.core.change import KindDelta, LowRank
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
+
+OTHER_BASE = "Is this the model the adapter was trained on?"
+"""The hint where an adapter does not fit a base."""
 
 _CONV1D_LEAVES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 
@@ -62,6 +65,7 @@ def is_transposed(name: str, delta: LowRank | KindDelta, weight_shape: tuple[int
             got=f"{kind} of out {out}, in {in_}"
             + (f", {delta.experts} experts" if kind == "experts" else ""),
             expected=f"a weight of shape {list(weight_shape)}",
+            hint=OTHER_BASE,
         )
     if straight and transposed:
         if delta.layer.transposed_if_square is None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from loratools_formats.core.orientation import named_conv1d
+
+if TYPE_CHECKING:
+    from loratools_formats.core.change import ModuleChange
 
 PREFIX = "base_model.model."
 """What PEFT's files put before a module's path."""
@@ -32,6 +36,23 @@ def square_orientation(fan_in_fan_out: bool, path: str) -> bool | None:
     return fan_in_fan_out if fan_in_fan_out == named_conv1d(path) else None
 
 
+def family_of(values: Mapping[str, object]) -> str | None:
+    """Return the family of transformers whose class was adapted, as a configuration names it.
+
+    PEFT writes it if it was given no task.
+
+    >>> family_of({"auto_mapping": {"parent_library": "transformers.models.olmoe.modeling_olmoe"}})
+    'olmoe'
+    """
+    auto = values.get("auto_mapping")
+    library = auto.get("parent_library") if isinstance(auto, Mapping) else None
+    match = _LIBRARY.fullmatch(str(library))
+    return None if match is None else match[1]
+
+
+_LIBRARY = re.compile(r"transformers\.models\.(\w+)\.modeling_\w+")
+
+
 def replaced_name(target: str, modules: Container[str]) -> str:
     """Return the name in a PEFT file of a tensor that replaces one of the base.
 
@@ -41,6 +62,38 @@ def replaced_name(target: str, modules: Container[str]) -> str:
     module, _, leaf = target.rpartition(".")
     wrapped = f"{module}.base_layer" if module in modules else module
     return f"{PREFIX}{wrapped}.{leaf}"
+
+
+_NESTED = ".base_layer"
+
+
+def without_gaps(modules: Mapping[str, ModuleChange]) -> dict[str, ModuleChange]:
+    """Return modules whose changes of parameters nest without gaps, as PEFT looks for them.
+
+    PEFT stores changes of several parameters of one module below each other, as `experts.lora_A`
+    and `experts.base_layer.lora_A`. One that is left alone stands at the top.
+    """
+    depths: dict[str, list[str]] = {}
+    for path, change in modules.items():
+        if change.layer.parameters:
+            depths.setdefault(owner(path), []).append(path)
+    moved = {
+        path: module + _NESTED * depth
+        for module, paths in depths.items()
+        for depth, path in enumerate(sorted(paths, key=len))
+    }
+    return {moved.get(path, path): change for path, change in modules.items()}
+
+
+def owner(path: str) -> str:
+    """Return the module that a change of one of its parameters is stored under.
+
+    >>> owner("layers.0.mlp.experts.base_layer")
+    'layers.0.mlp.experts'
+    """
+    while path.endswith(_NESTED):
+        path = path.removesuffix(_NESTED)
+    return path
 
 
 def frod_category(path: str) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loratools_formats.core.adapter import Adapter, KindDelta, LowRank, ModuleChange
+    from loratools_formats.core.adapter import Adapter
+    from loratools_formats.core.change import KindDelta, LowRank, ModuleChange
 
 _MOST_ROWS = 20
 

@@ -1,7 +1,7 @@
 """What training code leaves in the names of modules, and names without it.
 
 `torch.compile`, FSDP and activation checkpointing put a module of their own around others, and a
-state dict that is not cleaned up has their names in it. No module of a model is called so.
+state dict that is not cleaned up has their names in it. No module of a model has such a name.
 Source: torch 2.13, `eval_frame.py`, `fully_sharded_data_parallel.py`, `checkpoint_wrapper.py`.
 """
 

@@ -147,7 +147,7 @@ class MissingDependencyError(LoratoolsError, ImportError):
 
 
 class PluginWarning(UserWarning):
-    """A plugin raised an error where its contract allows none; it was passed over."""
+    """A plugin raised an error where its contract allows none, and was ignored."""
 
 
 class ResultError(LoratoolsError):

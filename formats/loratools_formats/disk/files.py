@@ -324,14 +324,6 @@ def read_small_file(given: str | os.PathLike[str] | RegularFile, limit_bytes: in
             file.close()
 
 
-def refuse_lfs_pointer(start: bytes, path: str | os.PathLike[str]) -> None:
-    """Raise `AdapterError` if a file starts as a pointer does that Git LFS leaves in its place."""
-    if start.startswith(b"version https://git-lfs"):
-        raise AdapterError(
-            "is a Git LFS pointer, not the file itself", path=path, hint="Run: git lfs pull"
-        )
-
-
 def inside(folder: Path, name: str) -> Path:
     """Return `folder/name`, refusing a symlink that leads out of the folder.
 

@@ -3,7 +3,8 @@
 An in-toto Statement, version 1: plain JSON that says which files (by digest) came from which
 inputs (by digest) through which operation, so that it can be checked, repeated, or signed later
 by other tools. It holds no time, and of paths only those of inputs that lie near the output,
-relative to the folder that holds it: equal runs give equal bytes, and nobody's folders are told.
+relative to the folder that holds it: equal runs give equal bytes, and no folder of the user is
+recorded.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from typing import Any
 
 from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import AdapterError, LoratoolsError
-from loratools_formats.disk.files import RegularFile
-from loratools_formats.disk.strict_json import read_object
+from loratools_formats.disk.files import RegularFile, read_small_file
+from loratools_formats.disk.strict_json import parsed_object
 
 PROVENANCE_FILE = "provenance.json"
 RECIPE_FILE = "recipe.yaml"
@@ -36,14 +37,16 @@ RECORD_KEYS = (
     "loratools.seed",
     "loratools.version",
 )
-"""Metadata that tells of the operation which made a file, and of no earlier one."""
+"""Metadata about the operation that made a file, and about no earlier one."""
 MADE_HERE = b"# Made by loratools."
 """How a text file of ours begins that lies beside an output."""
 
-_MOST_BYTES = 16 << 20
+MOST_STATEMENT_BYTES = 16 << 20
 _MOST_DEPTH = 32
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_TOLD_BYTE = re.compile(r"\\u(dc[89a-f][0-9a-f])")
+"""How a byte of a file's name that is no UTF-8 stands in a statement."""
 
 
 def with_record(metadata: Mapping[str, str], record: Mapping[str, str]) -> dict[str, str]:
@@ -67,7 +70,7 @@ def statement(
         files: the files.
         digest: what to say of each; its sha256 by default.
         folder: what they are named relative to; None for their names alone.
-        output: the path that the output will have, which paths of inputs are told relative to;
+        output: the path that the output will have, to which paths of inputs are relative;
             None to leave them out.
     """
     describe = digest or (lambda path: {"sha256": sha256_of(path)})
@@ -147,19 +150,110 @@ def load_statement(path: Path) -> dict[str, Any]:
         MissingFileError: nothing lies there.
         AdapterError: it is no sound statement, or another tool's.
     """
-    found = read_object(path, _MOST_BYTES, name="statement", max_depth=_MOST_DEPTH)
-    subject, predicate = found.get("subject"), found.get("predicate")
-    if found.get("predicateType") != PREDICATE_TYPE or not isinstance(predicate, dict):
+    found = parsed_statement(read_small_file(path, MOST_STATEMENT_BYTES), path)
+    predicate = found["predicate"]
+    target = path.parent if path.name == PROVENANCE_FILE else path
+    return {**found, "predicate": _absolute(predicate, _home(target))}
+
+
+def parsed_statement(data: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return a statement of ours from its bytes; whoever reads it may rely on its form.
+
+    Args:
+        data: UTF-8 JSON.
+        path: where it was, for messages.
+
+    Raises:
+        AdapterError: it is no sound statement, or another tool's.
+    """
+    found = parsed_object(data, "statement", path=path, max_depth=_MOST_DEPTH)
+    if found.get("predicateType") != PREDICATE_TYPE or "predicate" not in found:
         raise AdapterError(
             "not a statement of loratools",
             path=path,
             got=found.get("predicateType"),
             expected=PREDICATE_TYPE,
         )
-    if not isinstance(subject, list) or not all(isinstance(one, dict) for one in subject):
-        raise AdapterError("the statement has no list of subjects", path=path)
-    target = path.parent if path.name == PROVENANCE_FILE else path
-    return {**found, "predicate": _absolute(predicate, _home(target))}
+    named: dict[str, Any] = _with_names(found)
+    flaw = _flaw(named)
+    if flaw is not None:
+        raise AdapterError(f"the statement is malformed: {flaw} is of the wrong type", path=path)
+    return named
+
+
+def _with_names(value: Any) -> Any:
+    """Return a value with the names of files as Python has them, bytes that are no UTF-8 too."""
+    if isinstance(value, list):
+        return [_with_names(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    found = {key: _with_names(item) for key, item in value.items()}
+    for key in ("name", "path"):
+        if isinstance(found.get(key), str):
+            found[key] = _TOLD_BYTE.sub(lambda told: chr(int(told[1], 16)), found[key])
+    return found
+
+
+def is_sound(value: Any) -> bool:
+    """Return whether a value that a statement carries has the form of a statement."""
+    return isinstance(value, dict) and _flaw(value) is None
+
+
+def _flaw(statement: Mapping[str, Any]) -> str | None:
+    """Return which part has another form than ours have; None if none has."""
+    subject: Any = statement.get("subject")
+    if not _are_files(subject) or not all(_is_inside(one.get("name", "")) for one in subject):
+        return "the list of subjects"
+    return _flaw_of_predicate(statement.get("predicate"))
+
+
+def _flaw_of_predicate(predicate: Any) -> str | None:
+    if not isinstance(predicate, dict):
+        return "the predicate"
+    call = predicate.get("call", {})
+    forms: list[tuple[Mapping[str, Any], str, type]]
+    forms = [(predicate, name, dict) for name in ("tool", "options", "environment", "steps")]
+    forms += [(predicate, "history", list), (predicate, "call", dict)]
+    if isinstance(call, dict):
+        forms += [(call, name, dict) for name in ("arguments", "options")]
+    for values, name, form in forms:
+        if not isinstance(values.get(name, form()), form):
+            return name
+    if not _are_files(predicate.get("inputs", [])):
+        return "inputs"
+    given = call.get("arguments", {}).values()
+    if not all(_is_given(one) for each in given for one in _as_list(each)):
+        return "arguments"
+    return next(filter(None, map(_flaw_of_predicate, predicate.get("steps", {}).values())), None)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _is_given(value: Any) -> bool:
+    """Return whether a value may be what a call was given: a path with what it was for."""
+    if not isinstance(value, dict):
+        return False
+    roles = value.get("roles", [])
+    return isinstance(roles, list) and all(isinstance(role, str) for role in roles)
+
+
+def _are_files(value: Any) -> bool:
+    """Return whether a value is a list of files with their digests."""
+    return isinstance(value, list) and all(
+        isinstance(one, dict)
+        and all(isinstance(one.get(key, ""), str) for key in ("name", "role"))
+        and isinstance(one.get("digest", {}), dict)
+        and all(isinstance(digest, str) for digest in one.get("digest", {}).values())
+        for one in value
+    )
+
+
+def _is_inside(name: str) -> bool:
+    """Return whether a name is of a file in the folder of an output."""
+    path = Path(name)
+    return not path.is_absolute() and ".." not in path.parts and "\0" not in name
 
 
 def read_statement(path: Path) -> dict[str, Any] | None:

@@ -13,7 +13,8 @@ import re
 from typing import Any
 
 from loratools_formats.disk.errors import AdapterError
-from loratools_formats.disk.files import RegularFile, read_small_file, refuse_lfs_pointer
+from loratools_formats.disk.files import RegularFile, read_small_file
+from loratools_formats.disk.first_bytes import refuse_other_file
 
 MAX_INTEGER_DIGITS = 20
 MOST_VALUES = 1_000_000
@@ -53,7 +54,13 @@ def _constant(text: str) -> float:
     raise StrictJsonError(f"{text} is not JSON")
 
 
-def loads(data: bytes, *, max_depth: int | None = None, most_values: int = MOST_VALUES) -> Any:
+def loads(
+    data: bytes,
+    *,
+    max_depth: int | None = None,
+    most_values: int = MOST_VALUES,
+    with_surrogates: bool = False,
+) -> Any:
     """Parse UTF-8 JSON.
 
     Args:
@@ -61,6 +68,7 @@ def loads(data: bytes, *, max_depth: int | None = None, most_values: int = MOST_
         max_depth: most levels of lists and objects; by default what Python's parser can hold,
             for values that are neither written nor printed again.
         most_values: about how many values there may be.
+        with_surrogates: take lone ones, which stand for bytes of file names that are no UTF-8.
 
     Raises:
         StrictJsonError: not UTF-8, a byte order mark, duplicate keys at any level, NaN or
@@ -90,7 +98,7 @@ def loads(data: bytes, *, max_depth: int | None = None, most_values: int = MOST_
         raise StrictJsonError("nested too deeply") from error
     except json.JSONDecodeError as error:
         raise StrictJsonError(f"{error.msg} at character {error.pos}") from error
-    if "\\ud" in text.lower():
+    if not with_surrogates and "\\ud" in text.lower():
         _refuse_surrogates(value)
     if max_depth is not None:
         _refuse_depth(value, max_depth)
@@ -148,11 +156,12 @@ def read_object(
 
     Raises:
         MissingFileError: it is not there.
-        AdapterError: it is too large, a pointer of Git LFS, not sound JSON, or not an object.
+        AdapterError: it is too large, another file than it is called, not sound JSON, or not an
+            object.
     """
     path = given.path if isinstance(given, RegularFile) else given
     data = read_small_file(given, limit_bytes)
-    refuse_lfs_pointer(data, path)
+    refuse_other_file(data, len(data), path, is_text=True)
     return parsed_object(data, name, path=path, max_depth=max_depth)
 
 

@@ -20,7 +20,8 @@ from loratools_formats.contract.format import Context, Format, Loss
 from loratools_formats.disk.distant import is_there
 
 if TYPE_CHECKING:
-    from loratools_formats.core.adapter import Adapter, Layer, LowRank, ModuleChange
+    from loratools_formats.core.adapter import Adapter
+    from loratools_formats.core.change import Layer, LowRank, ModuleChange
     from loratools_formats.core.tensors import TensorRef
     from loratools_formats.disk.files import RegularFile
 
@@ -92,12 +93,12 @@ def _config(file: RegularFile) -> dict[str, Any]:
 
 
 def _delta(path: str, parts: Mapping[str, TensorRef], scale: float, is_dora: bool) -> ModuleChange:
-    from loratools_formats.core.adapter import ModuleChange
+    from loratools_formats.core.change import ModuleChange
     from loratools_formats.disk.errors import AdapterError
 
     if "lora_a" not in parts or "lora_b" not in parts or ("m" in parts) != is_dora:
         raise AdapterError(
-            "module has not the tensors of its kind",
+            "module does not have the tensors of its kind",
             tensor=path,
             got=", ".join(sorted(parts)),
             expected="lora_a, lora_b" + (", m" if is_dora else ""),
@@ -117,7 +118,7 @@ def _delta(path: str, parts: Mapping[str, TensorRef], scale: float, is_dora: boo
 
 def _factors(path: str, a: TensorRef, b: TensorRef, scale: float) -> LowRank:
     from loratools_formats.checkpoints.facts import is_embedding
-    from loratools_formats.core.adapter import Layer, LowRank
+    from loratools_formats.core.change import Layer, LowRank
     from loratools_formats.core.factors import check_factor
     from loratools_formats.disk.errors import AdapterError
 
@@ -139,9 +140,9 @@ def _factors(path: str, a: TensorRef, b: TensorRef, scale: float) -> LowRank:
 
 def _of_experts(path: str) -> Layer:
     """Return what MLX's stacks are: A is on the inputs, however a base stores the weights."""
-    from loratools_formats.core.adapter import Layer
+    from loratools_formats.core.change import Layer
 
-    return Layer("experts", parameters=(f"{path}.weight",), swapped=False)
+    return Layer("experts", (), (f"{path}.weight",), transposed_if_square=None, swapped=False)
 
 
 def _targets(modules: Mapping[str, ModuleChange]) -> list[str]:
@@ -164,7 +165,7 @@ def _stored(adapter: Adapter) -> Iterator[TensorRef]:
                     "MLX has a module for each stack of experts, and its own names for them",
                     tensor=name,
                     got=", ".join(part.layer.parameters),
-                    hint="If this is a merge, give an adapter of PEFT first, whose format it gets",
+                    hint="If this is a merge, pass `base`, which tells them",
                 )
             yield part.a.renamed(f"{name}.lora_a")
             yield part.b.renamed(f"{name}.lora_b")

@@ -1,4 +1,4 @@
-"""Formats of quantised weights: one file each, all with one interface.
+"""Formats of quantised weights: one file for each, all with one interface.
 
 A codec says which stored tensors make up one weight (`declare`), a `CodedWeight` computes any range
 of its values, and its `encoder` stores a range of new ones with the scales that are there. Nothing
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 
 from loratools.base.codecs import (
+    auto_round,
     awq,
     bitsandbytes,
     comfyui,
@@ -31,6 +32,9 @@ from loratools.base.codecs.codec import (
     Stored,
     WholeEncoder,
 )
+from loratools.base.codecs.transposed import Transposed
+from loratools_formats.checkpoints.facts import is_conv1d
+from loratools_formats.checkpoints.siblings import wrong_shape
 
 __all__ = [
     "CODECS",
@@ -54,6 +58,7 @@ CODECS: tuple[Codec, ...] = (
     gptq.CODEC,
     awq.CODEC,
     compressed.CODEC,
+    auto_round.CODEC,
     nvfp4.CODEC,
     mxfp4.CODEC,
     eight_bit.CODEC,
@@ -70,9 +75,22 @@ def coded_weights(stored: Stored) -> dict[str, CodedWeight]:
     found: dict[str, CodedWeight] = {}
     for codec in CODECS:
         declared = codec.declare(stored)
-        found |= declared
+        for weight in declared.values():
+            if not all(weight.shape):
+                raise wrong_shape(weight.parts[0], "a weight that has values")
+        found |= declared if codec.keeps_conv1d else _as_held(declared, stored)
         stored = stored.without(part.key for weight in declared.values() for part in weight.parts)
     return found
+
+
+def _as_held(weights: Mapping[str, CodedWeight], stored: Stored) -> dict[str, CodedWeight]:
+    """Return weights as the model holds them, those of Conv1D layers (in, out)."""
+
+    def held(key: str, weight: CodedWeight) -> CodedWeight:
+        is_transposed = len(weight.shape) == 2 and is_conv1d(key, stored.config)
+        return Transposed(weight) if is_transposed else weight
+
+    return {key: held(key, weight) for key, weight in weights.items()}
 
 
 def without_marks(metadata: Mapping[str, str], weights: Collection[str]) -> dict[str, str]:

@@ -1,14 +1,15 @@
-"""AWQ as AutoAWQ stores it: versions gemm and gemv, four bits.
+"""AWQ as AutoAWQ stores it: versions gemm and gemv, four bits; AutoRound stores up to seven bits.
 
 gemm has `qweight` I32 (in, out / 8), `qzeros` I32 (groups, out / 8) and `scales` (groups, out); the
-nibbles of a word hold its eight columns in the order 0 2 4 6 1 3 5 7. gemv has `qweight` I32 (out,
-in / 8), `qzeros` I32 (out, Z) and `scales` (out, 8 · Z), in plain order, where groups are padded. A
-value is scale · (code − zero), rounded to the type of the scales.
+nibbles of a word hold its eight columns in the order 0 2 4 6 1 3 5 7. AutoRound's five to seven
+bits are a stream along the row, in which each eight columns have that order. gemv has `qweight` I32
+(out, in / 8), `qzeros` I32 (out, Z) and `scales` (out, 8 · Z), in plain order, where groups are
+padded. A value is scale · (code − zero), rounded to the type of the scales.
 
 What the weights mean is what is stored: AWQ has scaled columns and the layers before them, so that
 they are not near those of the original model, to which an adapter may belong.
 
-Source: autoawq 0.2.9, `WQLinear_GEMM` and `WQLinear_GEMV`.
+Sources: autoawq 0.2.9, `WQLinear_GEMM` and `WQLinear_GEMV`; auto-round 0.16 (`pack_awq_bitstream`).
 """
 
 from __future__ import annotations
@@ -41,47 +42,49 @@ _CAVEAT = (
     "AWQ scaled the inputs of layers; an adapter that was trained on the original model, not on "
     "this one, does not fit it"
 )
-_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble of each column of a word
+_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the place of each of eight columns
 _FLOATING = ("F16", "BF16", "F32")
 _GROUPS = (32, 64, 128)
 _PAD = {128: 1, 64: 2, 32: 4}
-_BITS, _TOP = 4, 15
-_TOGETHER = 256  # outputs encoded together: half of them, in bytes, lie side by side
+_FOUR = 4
+_BITS = (_FOUR, 5, 6, 7)
+_EIGHT = 8
+_TOGETHER = 256  # outputs encoded together: their bytes lie side by side
 
 
 class _Gemm(CodedWeight):
-    """Codes stored as (in, out), eight outputs in a word."""
+    """Codes stored as (in, out), a stream along the outputs."""
 
     caveat = _CAVEAT
-    together = 8
+    together = _EIGHT
 
-    def __init__(self, key: str, parts: Mapping[str, TensorRef]) -> None:
+    def __init__(self, key: str, parts: Mapping[str, TensorRef], bits: int) -> None:
         codes, zeros, scales = parts["qweight"], parts["qzeros"], parts["scales"]
         height, out = codes.shape[0], scales.shape[1]
-        self._groups = scales.shape[0]
+        self._groups, self._bits = scales.shape[0], bits
         self._codes = Columns(codes, height, codes.shape[1] * 4)
         self._zeros = Columns(zeros, self._groups, codes.shape[1] * 4)
         self._scales = Columns(scales, self._groups, out * scales.dtype.bits // 8)
-        scheme = Scheme("AWQ gemm", 4, height // self._groups)
+        scheme = Scheme("AWQ gemm", bits, height // self._groups)
         super().__init__(key, (out, height), scales.dtype, parts.values(), scheme)
 
     def rows(self, start: int, stop: int) -> Array:
         """Return rows in float32 or in the type of the scales, to which they are rounded."""
         codes = self._ordered(self._codes, start, stop)
-        return above_zeros(codes, _BITS, *self._grid(start, stop), self.dtype)
+        return above_zeros(codes, self._bits, *self._grid(start, stop), self.dtype)
 
     def encoder(self) -> Encoder:
         """Return what stores new codes with the old scales and zeros."""
         return CodesOnly(self.parts[0], self.scheme, self._encoded, _TOGETHER)
 
     def _encoded(self, start: int, values: Array) -> Encoded:
-        codes, meant = _nearest(values, *self._grid(start, start + len(values)), self.dtype)
-        words = np.zeros((len(codes) // 8, codes.shape[1]), np.uint32)
-        eights = codes.reshape(-1, 8, codes.shape[1])
-        for column, nibble in enumerate(_ORDER):
-            words |= eights[:, column].astype(np.uint32) << np.uint32(4 * nibble)
-        data = np.ascontiguousarray(words.T).view(np.uint8)
-        pieces = stripes(self.parts[0], self.shape[0] // 2, start // 2, data)
+        grid = self._grid(start, start + len(values))
+        codes, meant = _nearest(values, *grid, self._bits, self.dtype)
+        placed = np.empty_like(codes).reshape(-1, _EIGHT, codes.shape[1])
+        placed[:, _ORDER] = codes.reshape(placed.shape)
+        data = packed(np.ascontiguousarray(placed.reshape(codes.shape).T), self._bits)
+        width = self.shape[0] * self._bits // 8
+        pieces = stripes(self.parts[0], width, start * self._bits // 8, data)
         return Encoded(meant, pieces)
 
     def _grid(self, start: int, stop: int) -> tuple[Array, Array]:
@@ -92,19 +95,32 @@ class _Gemm(CodedWeight):
         scales = stored.view(self.dtype.numpy_dtype()).astype(np.float32).T
         return np.ascontiguousarray(scales), zeros
 
-    def _ordered(self, words: Columns, start: int, stop: int) -> Array:
-        """Return the codes of outputs: U16 (outputs, rows of words)."""
-        first, last = start // 8, -(-stop // 8)
-        data = np.ascontiguousarray(words.read(first * 4, last * 4)).view(np.uint32)
-        turned = np.ascontiguousarray(data.T)
-        halves = turned.astype(np.uint16), (turned >> np.uint32(16)).astype(np.uint16)
-        codes = np.empty((last - first, 8, turned.shape[1]), np.uint16)
-        for column, nibble in enumerate(_ORDER):
-            half, place = divmod(nibble, 4)
-            np.right_shift(halves[half], np.uint16(_BITS * place), out=codes[:, column])
-        codes &= np.uint16(_TOP)
-        ordered: Array = codes.reshape(-1, turned.shape[1])
-        return ordered[start - first * 8 : stop - first * 8]
+    def _ordered(self, stored: Columns, start: int, stop: int) -> Array:
+        """Return the codes of outputs: U16 (outputs, stored rows)."""
+        first, last = start // _EIGHT, -(-stop // _EIGHT)
+        data = np.ascontiguousarray(stored.read(first * self._bits, last * self._bits))
+        codes = _of_nibbles(data) if self._bits == _FOUR else _of_stream(data, self._bits)
+        ordered: Array = codes.reshape(-1, len(data))
+        return ordered[start - first * _EIGHT : stop - first * _EIGHT]
+
+
+def _of_nibbles(data: Array) -> Array:
+    """Return codes of four bits: U16 (eights, 8, rows), of U8 (rows, bytes)."""
+    turned = np.ascontiguousarray(data.view(np.uint32).T)
+    halves = turned.astype(np.uint16), (turned >> np.uint32(16)).astype(np.uint16)
+    codes = np.empty((len(turned), _EIGHT, turned.shape[1]), np.uint16)
+    for column, nibble in enumerate(_ORDER):
+        half, place = divmod(nibble, 4)
+        np.right_shift(halves[half], np.uint16(_FOUR * place), out=codes[:, column])
+    codes &= np.uint16(15)
+    return codes
+
+
+def _of_stream(data: Array, bits: int) -> Array:
+    """Return codes that straddle bytes: U16 (eights, 8, rows), of U8 (rows, bytes)."""
+    codes = unpacked(data, bits, data.shape[1] * 8 // bits, np.uint16)
+    turned = np.ascontiguousarray(codes.T).reshape(-1, _EIGHT, len(data))
+    return turned[:, _ORDER]
 
 
 class _Gemv(CodedWeight):
@@ -122,31 +138,34 @@ class _Gemv(CodedWeight):
     def rows(self, start: int, stop: int) -> Array:
         """Return rows in float32 or in the type of the scales, to which they are rounded."""
         data = matrix_rows(self._codes, start, stop).view(np.uint8)
-        codes = unpacked(data, _BITS, self.shape[1], np.uint16)
-        return above_zeros(codes, _BITS, *self._grid(start, stop), self.dtype)
+        codes = unpacked(data, _FOUR, self.shape[1], np.uint16)
+        return above_zeros(codes, _FOUR, *self._grid(start, stop), self.dtype)
 
     def encoder(self) -> Encoder:
         """Return what stores new codes with the old scales and zeros."""
         return CodesOnly(self.parts[0], self.scheme, self._encoded)
 
     def _encoded(self, start: int, values: Array) -> Encoded:
-        codes, meant = _nearest(values, *self._grid(start, start + len(values)), self.dtype)
-        pieces = [row_piece(self.parts[0], start, packed(codes, _BITS))]
+        grid = self._grid(start, start + len(values))
+        codes, meant = _nearest(values, *grid, _FOUR, self.dtype)
+        pieces = [row_piece(self.parts[0], start, packed(codes, _FOUR))]
         return Encoded(meant, pieces)
 
     def _grid(self, start: int, stop: int) -> tuple[Array, Array]:
         """Return the scales and zeros of outputs: F32 (outputs, groups)."""
         data = matrix_rows(self._zeros, start, stop).view(np.uint8)
-        zeros = unpacked(data, _BITS, self._groups).astype(np.float32)
+        zeros = unpacked(data, _FOUR, self._groups).astype(np.float32)
         scales = matrix_rows(self._scales, start, stop)[:, : self._groups].astype(np.float32)
         return scales, zeros
 
 
-def _nearest(values: Array, scales: Array, zeros: Array, dtype: DType) -> tuple[Array, Array]:
+def _nearest(
+    values: Array, scales: Array, zeros: Array, bits: int, dtype: DType
+) -> tuple[Array, Array]:
     """Return the codes of rows, and what they mean: U8 and F32 (rows, width)."""
     grouped = values.reshape(*scales.shape, -1)
-    codes = integer_codes(grouped, scales, zeros, _TOP).reshape(values.shape)
-    meant = above_zeros(codes.astype(np.uint16), _BITS, scales, zeros, dtype)
+    codes = integer_codes(grouped, scales, zeros, (1 << bits) - 1).reshape(values.shape)
+    meant = above_zeros(codes.astype(np.uint16), bits, scales, zeros, dtype)
     return codes, rounded(meant, dtype)
 
 
@@ -161,23 +180,22 @@ def _declare(stored: Stored) -> dict[str, CodedWeight]:
         if codes.dtype.code != "I32" or zeros.dtype.code != "I32":
             continue
         key = f"{module}.weight"
-        if _is_gemm(codes, zeros, scales) and stored.stated.get("version") != "gemv":
+        bits = _bits_of_gemm(codes, zeros, scales)
+        if bits is not None and stored.stated.get("version") != "gemv":
             sibling(stored.tensors, scales.key, _FLOATING)
-            found[key] = _Gemm(key, parts)
+            found[key] = _Gemm(key, parts, bits)
         elif len({part.shape[0] for part in parts.values()}) == 1:
             sibling(stored.tensors, scales.key, _FLOATING)
             found[key] = _Gemv(key, parts, _groups_of_gemv(parts, stored.stated))
     return found
 
 
-def _is_gemm(codes: TensorRef, zeros: TensorRef, scales: TensorRef) -> bool:
+def _bits_of_gemm(codes: TensorRef, zeros: TensorRef, scales: TensorRef) -> int | None:
+    """Return the bits of a code; None if the shapes are not those of gemm."""
     groups, out = scales.shape
-    return (
-        codes.shape[1] * 8 == out
-        and zeros.shape == (groups, codes.shape[1])
-        and groups > 0
-        and codes.shape[0] % groups == 0
-    )
+    fits = [bits for bits in _BITS if codes.shape[1] * 32 == out * bits and out % _EIGHT == 0]
+    has_groups = groups > 0 and codes.shape[0] % groups == 0
+    return fits[0] if fits and has_groups and zeros.shape == (groups, codes.shape[1]) else None
 
 
 def _groups_of_gemv(parts: Mapping[str, TensorRef], stated: Mapping[str, Any]) -> int:

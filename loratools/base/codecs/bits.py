@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 """What four bits of OCP's E2M1 mean, by code."""
 
+QUARTERS = np.concatenate([np.arange(8), -np.arange(8.0)]).astype(np.float32) / 4
+"""What a sign and three bits of quarters mean, by code."""
+
 
 def unpacked(data: Array, bits: int, count: int, kind: DTypeLike = np.uint8) -> Array:
     """Return the codes of rows of bytes.

@@ -120,4 +120,4 @@ def _declare(stored: Stored) -> dict[str, CodedWeight]:
     }
 
 
-CODEC = Codec("bitsandbytes in four bits", ("bitsandbytes",), _declare)
+CODEC = Codec("bitsandbytes in four bits", ("bitsandbytes",), _declare, keeps_conv1d=True)

@@ -82,11 +82,13 @@ class CodedWeight(ABC):
         parts: all tensors that make it up, the codes first.
         scheme: how it is quantised.
         caveat: what to know when something is added to it; empty if nothing.
+        caveat_written: what to know when its codes are written anew; empty if nothing.
         together: rows that are read from the same bytes; fewer take as long.
         is_four_bit_format: whether it is what `quantize` makes of weights, which leaves it alone.
     """
 
-    caveat: ClassVar[str] = ""
+    caveat: str = ""
+    caveat_written: str = ""
     is_four_bit_format: ClassVar[bool] = False
     together: ClassVar[int] = 1
 
@@ -354,9 +356,12 @@ class Codec:
             values are not known; leaves alone what is not its own.
         without_marks: returns a file's metadata without what it says of weights that are plain now;
             None if the format says nothing there.
+        keeps_conv1d: whether `declare` returns weights of transformers' Conv1D as the model holds
+            them, (in, out); else as linear layers do.
     """
 
     name: str
     methods: tuple[str, ...]
     declare: Callable[[Stored], dict[str, CodedWeight]]
     without_marks: Callable[[Mapping[str, str], Collection[str]], dict[str, str]] | None = None
+    keeps_conv1d: bool = False

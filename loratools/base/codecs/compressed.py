@@ -252,11 +252,25 @@ def _packed(stored: Stored, module: str, codes: TensorRef, bits_of: frozenset[in
                 got=[out, width],
                 expected=f"{codes.shape[0]} rows",
             )
-    words, width = _layout(codes, width, bits_of)
-    shape = (codes.shape[0], width)
+    words, whole = _layout(codes, width, bits_of)
+    shape = (codes.shape[0], whole)
     parts = _parts(stored, module, shape, words)
     if shape_of is not None:
         parts["shape"] = shape_of
+    elif _stated_weights(stored.stated, "group_size") != {whole // (*parts["scale"].shape, 1)[1]}:
+        raise AdapterError(
+            "a packed weight may end inside of a word, and nothing says where",
+            tensor=codes.key,
+            expected=f"{module}.weight_shape, or groups of the size that the configuration states",
+        )
+    if not {"g_idx", "unused_g_idx"} & set(parts) and _is_ordered(stored.stated, parts["scale"]):
+        raise AdapterError(
+            "a tensor of a quantised weight is missing", tensor=f"{module}.weight_g_idx"
+        )
+    if "zero_point" not in parts and _stated_weights(stored.stated, "symmetric") == {False}:
+        raise AdapterError(
+            "a tensor of a quantised weight is missing", tensor=f"{module}.weight_zero_point"
+        )
     key = f"{module}.weight"
     return _Integers(key, shape, codes, words, parts, f"INT{words.bits}")
 
@@ -350,15 +364,23 @@ def _check_zeros(zero: TensorRef, grid: tuple[int, ...], words: Words | None) ->
         raise wrong_shape(zero, f"zeros of {rows} × {groups} groups")
 
 
+def _is_ordered(stated: Mapping[str, Any], scale: TensorRef) -> bool:
+    """Return whether columns are in groups that only an order of them tells."""
+    return _stated_weights(stated, "actorder") == {"group"} and (*scale.shape, 1)[1] > 1
+
+
 def _bits_stated(stated: Mapping[str, Any]) -> frozenset[int]:
     """Return the bits that a configuration states for weights."""
+    return frozenset(bits for bits in _stated_weights(stated, "num_bits") if type(bits) is int)
+
+
+def _stated_weights(stated: Mapping[str, Any], entry: str) -> set[Any]:
+    """Return what a configuration states for weights under a name, in all its groups."""
     groups = stated.get("config_groups")
-    found = set()
-    for group in groups.values() if isinstance(groups, Mapping) else ():
-        weights = group.get("weights") if isinstance(group, Mapping) else None
-        if isinstance(weights, Mapping) and type(weights.get("num_bits")) is int:
-            found.add(weights["num_bits"])
-    return frozenset(found)
+    each = groups.values() if isinstance(groups, Mapping) else ()
+    weights = [group.get("weights") for group in each if isinstance(group, Mapping)]
+    found = [one.get(entry) for one in weights if isinstance(one, Mapping)]
+    return {value for value in found if isinstance(value, bool | int | str | None)}
 
 
 CODEC = Codec("integers of compressed-tensors", ("compressed-tensors",), _declare)

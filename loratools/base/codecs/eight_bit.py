@@ -20,7 +20,9 @@ from loratools.base.codecs.codec import (
 )
 from loratools.base.codecs.levels import float_codes
 from loratools.base.codecs.parts import matrix_rows
+from loratools.base.codecs.transposed import Transposed
 from loratools_formats.checkpoints.eight_bit_floats import METHODS, Fp8Weight, fp8_weights
+from loratools_formats.checkpoints.facts import is_conv1d
 from loratools_formats.core.dtypes import DTYPES, Array
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import UnsupportedError
@@ -30,6 +32,7 @@ _VARIANTS = {
     "format": ("dense", "float-quantized", "naive-quantized", "mxfp8-quantized"),
     "quant_algo": ("FP8", "FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN", "MXFP8"),
 }
+_OF_LINEAR_LAYERS = "auto_round:llm_compressor"
 _NAMES = {"F8_E4M3": "FP8 (E4M3)", "F8_E5M2": "FP8 (E5M2)"}
 
 
@@ -129,7 +132,18 @@ def _declare(stored: Stored) -> dict[str, CodedWeight]:
         if _is_of_others(stored.stated):
             return {}
         raise
-    return {key: EightBitWeight(weight) for key, weight in weights.items()}
+    return {key: _as_held(EightBitWeight(weight), stored) for key, weight in weights.items()}
+
+
+def _as_held(weight: CodedWeight, stored: Stored) -> CodedWeight:
+    """Return a weight as the model holds it.
+
+    Eight-bit floats have the name and the shape of the plain weight, Conv1D's too. AutoRound makes
+    linear layers of these where it has scales of groups.
+    """
+    is_linear = stored.stated.get("packing_format") == _OF_LINEAR_LAYERS
+    is_transposed = is_linear and len(weight.shape) == 2 and is_conv1d(weight.key, stored.config)
+    return Transposed(weight) if is_transposed else weight
 
 
 def _is_of_others(stated: Mapping[str, Any]) -> bool:
@@ -140,4 +154,4 @@ def _is_of_others(stated: Mapping[str, Any]) -> bool:
     )
 
 
-CODEC = Codec("eight-bit floats", METHODS, _declare)
+CODEC = Codec("eight-bit floats", METHODS, _declare, keeps_conv1d=True)

@@ -34,14 +34,20 @@ from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 _BITS = (2, 3, 4, 8)
+_BITS_OF_AUTO_ROUND = tuple(range(2, 9))  # gptqmodel stores its 5 to 7 bits in planes
 _FLOATING = ("F16", "BF16", "F32")
 _PLAIN_ZEROS = ("gptq_v2", "auto_round", "auto_round:gptqmodel")
-_ZEROS_LESS_ONE = (None, "gptq", "auto_round:auto_gptq", "auto_round:gptq")
+_ZEROS_LESS_ONE = (None, "gptq", "auto", "auto_round:auto_gptq", "auto_round:gptq")
 _TOGETHER = 32  # columns whose codes fill whole words
 
 
 class _Gptq(CodedWeight):
     """scale · (code − zero), stored as (in, out)."""
+
+    caveat_written = (
+        "GPTQ and AutoRound choose codes by data, so that later ones make up for the errors of "
+        "earlier ones; that cannot be repeated without data: changed weights have the nearest codes"
+    )
 
     def __init__(
         self, key: str, parts: Mapping[str, TensorRef], bits: int, *, first_version: bool
@@ -172,37 +178,47 @@ def _weight(stored: Stored, module: str, parts: Mapping[str, TensorRef]) -> Code
     if len(zeros.shape) != 2 or zeros.shape[0] != groups or not out:
         raise wrong_shape(zeros, f"{groups} rows")
     index = parts.get("g_idx")
-    bits = _bits(codes, zeros, index, stored.stated.get("bits"))
+    bits = _bits(codes, zeros, index, stored.stated)
     width = codes.shape[0] * 32 // bits
     if index is not None:
         sibling(stored.tensors, index.key, ("I32", "I64"), (width,))
     elif not groups or width % groups or _is_ragged(stored.stated, width, groups):
         raise wrong_shape(scales, f"groups that divide {width} columns, or g_idx")
+    if index is None and groups > 1 and stored.stated.get("desc_act") is True:
+        raise AdapterError(
+            "columns of a quantised weight are out of order, and nothing says in which",
+            tensor=codes.key,
+            got="desc_act in the configuration",
+            expected=f"{module}.g_idx",
+        )
     first = _is_first_version(stored.stated, codes.key)
     return _Gptq(f"{module}.weight", parts, bits, first_version=first)
 
 
-def _bits(codes: TensorRef, zeros: TensorRef, index: TensorRef | None, stated: Any) -> int:
+def _bits(
+    codes: TensorRef, zeros: TensorRef, index: TensorRef | None, stated: Mapping[str, Any]
+) -> int:
     """Return the bits of a code. Layers of a few outputs have zeros of one word whatever they are.
 
     Raises:
         UnsupportedError: no number of bits fits, or several do and none of them is stated.
     """
     rows, out = codes.shape
+    known = _BITS_OF_AUTO_ROUND if stated.get("quant_method") == "auto-round" else _BITS
     fits = [
         bits
-        for bits in _BITS
+        for bits in known
         if -(-out * bits // 32) == zeros.shape[1]
         and not rows % bits
         and (index is None or index.numel == rows * 32 // bits)
     ]
-    chosen = [bits for bits in fits if bits == stated] or fits
+    chosen = [bits for bits in fits if bits == stated.get("bits")] or fits
     if len(chosen) != 1:
         raise UnsupportedError(
-            "bits of a weight of GPTQ that are not known",
+            "the number of bits of a GPTQ weight is not known",
             tensor=codes.key,
             got=f"qzeros {list(zeros.shape)}, qweight {list(codes.shape)}",
-            expected=f"{', '.join(map(str, _BITS))} bits",
+            expected=f"{', '.join(map(str, known))} bits",
             hint="Keep config.json with its quantization_config beside the weights",
         )
     return chosen[0]
@@ -226,14 +242,12 @@ def _is_first_version(stated: Mapping[str, Any], key: str) -> bool:
         UnsupportedError: the configuration names a form that is not known.
     """
     form = stated.get("packing_format") or stated.get("checkpoint_format")
-    if form is None and stated.get("quant_method") == "auto-round":
-        form = "auto_round"
     if form in _ZEROS_LESS_ONE:
         return True
     if form in _PLAIN_ZEROS:
         return False
     raise UnsupportedError(
-        "a form of GPTQ that is not known",
+        "this form of GPTQ is not known",
         tensor=key,
         got=form,
         expected="checkpoint_format gptq or gptq_v2, or packing_format of AutoRound in GPTQ's form",

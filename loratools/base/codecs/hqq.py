@@ -134,7 +134,7 @@ def _weight(module: str, codes: TensorRef, parts: Mapping[str, TensorRef]) -> Co
     for name in ("quant_scale", "quant_zero", "view_as_float"):
         if name in parts and parts[name].numel == 1 and parts[name].load().any():
             raise UnsupportedError(
-                f"a variant of HQQ that is not known: {name}",
+                f"this variant of HQQ is not known: {name}",
                 tensor=codes.key,
                 hint="Start from the original checkpoint",
             )
@@ -167,7 +167,7 @@ def _packing(parts: Mapping[str, TensorRef], bits: int, codes: TensorRef) -> _Pa
     container = None if found is None else ("I32" if found[2] == "32" else "U8")
     if found is None or codes.dtype.code != container or int(found[1]) not in (1, 2, 3, 4, 8):
         raise UnsupportedError(
-            "a packing of HQQ that is not known",
+            "this packing of HQQ is not known",
             tensor=codes.key,
             got=f"{said} in {codes.dtype.code}",
             expected="1, 2, 4 or 8 bits in U8, or 3 bits in I32",

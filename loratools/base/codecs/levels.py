@@ -11,10 +11,12 @@ from functools import cache
 
 import numpy as np
 
-from loratools.base.codecs.bits import looked_up
+from loratools.base.codecs.bits import E2M1, QUARTERS, looked_up
 from loratools_formats.core.dtypes import DTYPES, Array, DType, encode
 
-_LARGEST = {"F4_E2M1": 6.0, "F8_E4M3": 448.0, "F8_E5M2": 57344.0}
+_LARGEST = {"F4_E2M1": 6.0, "I4": 1.75, "F8_E4M3": 448.0, "F8_E5M2": 57344.0}
+FOURS: dict[str, Array] = {"F4_E2M1": E2M1, "I4": QUARTERS}
+"""What codes of four bits mean, by their kind."""
 _SIGN = 0x8000
 
 
@@ -23,7 +25,7 @@ def float_codes(values: Array, kind: str) -> Array:
 
     Args:
         values: F32; NaN becomes zero.
-        kind: F4_E2M1, F8_E4M3 or F8_E5M2.
+        kind: F4_E2M1, I4 (a sign and quarters up to 1.75), F8_E4M3 or F8_E5M2.
     """
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     top = (bits >> np.uint32(16)).astype(np.uint16)
@@ -40,8 +42,8 @@ def _codes_by_top(kind: str) -> Array:
     limit = np.float32(_LARGEST[kind])
     with np.errstate(invalid="ignore"):
         finite = np.nan_to_num(np.clip(values, -limit, limit), nan=0.0)
-    if kind == "F4_E2M1":
-        magnitudes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    if kind in FOURS:
+        magnitudes = FOURS[kind][:8].astype(np.float64)
         between = (magnitudes[1:] + magnitudes[:-1]) / 2
         size = np.abs(finite).astype(np.float64)
         codes = np.searchsorted(between, size, side="left")

@@ -82,7 +82,7 @@ class _Mlx(CodedWeight):
         sections = {k: config[k] for k in _KEYS if isinstance(config.get(k), Mapping)}
         if not sections or any(section.get("quant_method") for section in sections.values()):
             raise UnsupportedError(
-                "config.json cannot say of single modules how they are quantised",
+                "config.json cannot describe how single modules are quantised",
                 got=f"no entry {' or '.join(_KEYS)} as mlx-lm writes them",
                 hint="Leave out `changed_bits`: changed weights are then stored in 16 bits",
             )
@@ -289,4 +289,4 @@ def _module(key: str) -> str:
     return key.removesuffix(".weight")
 
 
-CODEC = Codec("MLX", ("metal",), _declare)
+CODEC = Codec("MLX", ("metal",), _declare, keeps_conv1d=True)

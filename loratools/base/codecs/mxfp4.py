@@ -143,7 +143,8 @@ def _declare(stored: Stored) -> dict[str, CodedWeight]:
             found[name] = _Experts(name, codes, scales)
         elif codes.dtype.floating and ".experts." in f".{name}.":
             raise UnsupportedError(
-                "experts of gpt-oss under the name of packed codes that are plain numbers",
+                "a tensor of gpt-oss's experts has the name of packed codes and holds plain "
+                "numbers",
                 tensor=codes.key,
                 got=codes.dtype.code,
                 expected="U8, with scales beside them",

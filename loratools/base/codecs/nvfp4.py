@@ -99,7 +99,8 @@ def _declare(stored: Stored) -> dict[str, CodedWeight]:
             key = f"{module}.weight"
             if not (divides or stored.stated or stored.config):
                 raise UnsupportedError(
-                    "nothing says whose NVFP4 it is: ComfyUI has the halves of a byte and the "
+                    "the file does not say whose NVFP4 it has: ComfyUI has the halves of a "
+                    "byte and the "
                     "scales in another order than ModelOpt",
                     tensor=codes.key,
                     expected="a config.json beside it, or comfy_quant with the weight",
@@ -119,7 +120,7 @@ def _scales(stored: Stored, module: str, codes: TensorRef) -> TensorRef:
     scales = sibling(stored.tensors, f"{module}.weight_scale", (_SCALE,))
     if scales.numel == 1 and half * 2 > _GROUPS[-1]:
         raise UnsupportedError(
-            "a weight in NVFP4 has one scale for all, where loaders want one for each group",
+            "a weight in NVFP4 has one scale for all, and loaders need one for each group",
             tensor=scales.key,
             got=list(scales.shape),
             expected=[*stack, half * 2 // _GROUPS[0]],

@@ -32,7 +32,7 @@ from loratools.base.codecs.parts import matrix_rows
 from loratools_formats.checkpoints.siblings import sibling, wrong_shape
 from loratools_formats.core.dtypes import DTYPES, Array
 from loratools_formats.core.tensors import TensorRef
-from loratools_formats.disk.errors import UnsupportedError
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.disk.strict_json import parsed_object
 
 _CODES = re.compile(r"(.+)\._([a-z_]+)_qdata")
@@ -142,7 +142,7 @@ def _weight(
     kind, data = said.get("_type"), said.get("_data")
     if kind not in _KINDS or not isinstance(data, Mapping):
         raise UnsupportedError(
-            "a tensor of torchao that cannot be read",
+            "this tensor of torchao cannot be read",
             tensor=key,
             got=kind,
             expected=", ".join(_KINDS),
@@ -152,6 +152,7 @@ def _weight(
     parts = {"qdata": codes, "scale": sibling(stored.tensors, f"{prefix}scale", _FLOATING)}
     if f"{prefix}zero_point" in stored.tensors:
         parts["zero_point"] = stored.tensors[f"{prefix}zero_point"]
+    _check_named(stored, prefix, said.get("_tensor_data_names"))
     block = _block(data.get("block_size"), codes)
     grid = (codes.shape[0] // block[0], codes.shape[1] // block[1])
     for part in list(parts.values())[1:]:
@@ -162,7 +163,7 @@ def _weight(
     }
     if f"{prefix}{_OF_INPUTS}" in stored.tensors:
         raise UnsupportedError(
-            "a weight of torchao whose layer scales its inputs, so that another weight acts",
+            "a layer of torchao scales its inputs, so the model computes with another weight",
             tensor=f"{prefix}{_OF_INPUTS}",
             hint="Start from the original checkpoint",
         )
@@ -171,16 +172,29 @@ def _weight(
         target = _INTX.fullmatch(str(_inner(data.get("target_dtype"))))
         if target is None:
             raise UnsupportedError(
-                "integers of torchao that are not known", tensor=key, got=data.get("target_dtype")
+                "these integers of torchao are not known", tensor=key, got=data.get("target_dtype")
             )
         bits = int(target[1])
     dtype = _DTYPES.get(str(_inner(data.get("dtype"))))
     if dtype is None:
         raise UnsupportedError(
-            "a type of torchao's values that is not known", tensor=key, got=data.get("dtype")
+            "this type of torchao's values is not known", tensor=key, got=data.get("dtype")
         )
     name = "torchao FP8" if codes.dtype.floating else f"torchao INT{bits}"
     return _TorchAo(key, parts, dtype, Scheme(name, bits, block[1]), block)
+
+
+def _check_named(stored: Stored, prefix: str, named: Any) -> None:
+    """Refuse a weight of whose tensors the metadata names more than there are.
+
+    Raises:
+        AdapterError: one is missing.
+    """
+    for name in named if isinstance(named, list) else ():
+        if f"{prefix}{name}" not in stored.tensors:
+            raise AdapterError(
+                "a tensor of a quantised weight is missing", tensor=f"{prefix}{name}"
+            )
 
 
 def _block(said: Any, codes: TensorRef) -> tuple[int, int]:

@@ -149,12 +149,6 @@ def dynamic_bins() -> U8:
     return np.searchsorted(midpoints, centres.astype(np.float32), side="left").astype(np.uint8)
 
 
-@functools.cache
-def half_values() -> F32:
-    """Return the values of all 65,536 float16 numbers by their bits."""
-    return np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
-
-
 def is_close(found: NDArray[Any], wanted: F32) -> bool:
     """Return whether a stored table is the one meant, the last bits of float32 aside."""
     return bool(np.allclose(found, wanted, rtol=1e-6, atol=1e-7))

@@ -1,8 +1,9 @@
 """A checkpoint under the names that its class has in memory, where PEFT looks for modules.
 
 What the class keeps in one parameter is put together, and what it keeps apart is cut, as it is
-read: experts of a stack, the parts of a fused projection. Other conversions, such as the order of
-rows for rotary embeddings, are not undone; tensors that need one keep their stored names.
+read: experts of a stack, the parts of a fused projection, gate and up that alternate. Other
+conversions, such as the order of rows for rotary embeddings, are not undone; tensors that need one
+keep their stored names.
 """
 
 from __future__ import annotations
@@ -83,6 +84,8 @@ def _converted(
     types = {base.tensors[key].dtype for key, _ in members}
     if [operation for operation, _ in rule.operations] == ["Transpose"] and len(members) == 1:
         return _exchanged(base, base.tensors[members[0][0]], name, rule.operations[0][1])
+    if rule.alternates and len(members) == 1:
+        return _in_halves(base.tensors[members[0][0]], name)
     if len(types) != 1 or next(iter(types)).bits < 8:
         return {}
     by_source = [
@@ -125,6 +128,15 @@ def _exchanged(
     order = list(range(len(tensor.shape)))
     order[one], order[other] = order[other], order[one]
     return {name: tensor.transposed(tuple(order))}
+
+
+def _in_halves(tensor: TensorRef, name: str) -> dict[str, TensorRef]:
+    """Return a stack with outputs in halves that alternate in the file; empty if it is none."""
+    if len(tensor.shape) != 3 or tensor.shape[1] % 2 or tensor.dtype.bits < 8:
+        return {}
+    experts, out, in_ = tensor.shape
+    halves = tensor.reshaped((experts, out // 2, 2, in_)).transposed((0, 2, 1, 3))
+    return {name: halves.reshaped(tensor.shape)}
 
 
 def _operated(

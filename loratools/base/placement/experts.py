@@ -11,7 +11,7 @@ from loratools.base.placement.changes import Placement
 from loratools.base.placement.fused import joined_spans
 from loratools.base.placement.names import Names
 from loratools.base.placement.orient import whole_is_transposed
-from loratools_formats.core.adapter import LowRank, ModuleChange
+from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.orientation import exchanged
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
@@ -65,13 +65,28 @@ def expert_placements(names: Names, module: str, delta: ModuleChange) -> list[Pl
 
 def _stacked(names: Names, module: str, parameter: str, delta: ModuleChange) -> list[Placement]:
     key = names.find(parameter)
-    if key is None:
-        return []
     part = delta.require_factors()
+    if key is None:
+        key = names.alternated(parameter)
+        return [] if key is None else [_alternated(names, module, parameter, key, delta)]
     shape = names.shape(key)
     transposed = whole_is_transposed(names, parameter, part, shape)
     only = 0 if part.layer.kind != "experts" and len(shape) == 3 else None
     return [Placement(key, module, delta, transposed, plane=only)]
+
+
+def _alternated(
+    names: Names, module: str, parameter: str, key: str, delta: ModuleChange
+) -> Placement:
+    """Return where the change of a stack goes whose outputs alternate in the file, (E, out, in)."""
+    part, shape = delta.require_factors(), names.shape(key)
+    if whole_is_transposed(names, parameter, part, shape):
+        delta = delta.with_direction(exchanged(part))
+    half = shape[-2] // 2
+    rows = (2 * (row % half) + row // half for row in range(shape[-2]))
+    outputs = tuple((row, row + 1) for row in rows)
+    only = 0 if part.layer.kind != "experts" else None
+    return Placement(key, module, delta, False, outputs=outputs, plane=only)
 
 
 def _per_expert(names: Names, module: str, parameter: str, delta: ModuleChange) -> list[Placement]:
@@ -100,7 +115,7 @@ def _per_expert(names: Names, module: str, parameter: str, delta: ModuleChange) 
 
 
 def _of_class(names: Names, module: str, parameter: str, delta: ModuleChange) -> list[Placement]:
-    """Return where a change goes in tensors that the class calls otherwise than stacks do."""
+    """Return where a change goes, in tensors that the class does not name as it names stacks."""
     rows = names.merged_into(parameter)
     if not rows:
         return []

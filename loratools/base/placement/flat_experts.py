@@ -5,18 +5,14 @@ mlx-lm has a linear layer for each. w2 of one, (H, F), is a block of rows the ot
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 from loratools.base.placement.changes import Placement
 from loratools.base.placement.names import Names
-from loratools_formats.core.adapter import ModuleChange
-from loratools_formats.core.orientation import exchanged
+from loratools_formats.core.change import ModuleChange
+from loratools_formats.core.flat_experts import SINGLE
+from loratools_formats.core.orientation import OTHER_BASE, exchanged
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
-
-_SINGLE = re.compile(r"(?P<owner>.+\.ffn\.experts)\.(?P<index>\d{1,6})\.(?P<leaf>w1|v1|w2)")
-FLAT = re.compile(r"(?P<owner>.+\.ffn\.experts)\.mlp\.(?P<leaf>w1|v1|w2)")
-"""Names of the matrices."""
 
 
 def experts_in(config: Mapping[str, object], rows: int, parameter: str) -> int:
@@ -44,7 +40,7 @@ def flat_placements(names: Names, module: str, delta: ModuleChange) -> list[Plac
         AdapterError: the base has fewer experts, or of another shape.
         UnsupportedError: the number of experts is not known, or the change is a DoRA of w2.
     """
-    match = _SINGLE.fullmatch(names.spelling(module))
+    match = SINGLE.fullmatch(names.spelling(module))
     key = None if match is None else names.find(f"{match['owner']}.mlp.{match['leaf']}")
     if match is None or key is None or len(names.shape(key)) != 2:
         return []
@@ -54,7 +50,7 @@ def flat_placements(names: Names, module: str, delta: ModuleChange) -> list[Plac
     if match["leaf"] == "w2":
         if delta.is_dora:
             raise UnsupportedError(
-                "a DoRA of w2 has a magnitude for each row of a matrix that is stored turned",
+                "a DoRA of w2 has a magnitude for each row of a matrix that is stored transposed",
                 tensor=module,
             )
         part = exchanged(part)
@@ -65,6 +61,7 @@ def flat_placements(names: Names, module: str, delta: ModuleChange) -> list[Plac
             tensor=module,
             got=f"expert {index} of {part.shape[0]} rows and {part.shape[1]} columns",
             expected=f"{experts} experts of {rows} rows and {width} columns",
+            hint=OTHER_BASE,
         )
     outputs = ((index * rows, (index + 1) * rows),)
     return [Placement(key, module, delta.with_direction(part), False, outputs=outputs)]

@@ -209,7 +209,7 @@ def _unknown_layout(names: Names, module: str) -> UnsupportedError:
 
 def _does_not_fit(part: FusedPart, total: int, expected: str) -> AdapterError:
     return AdapterError(
-        "the fused projection does not fit the base model's config",
+        "the fused projection does not fit the sizes in the base model's config",
         tensor=part.module,
         got=f"{total} outputs",
         expected=expected,

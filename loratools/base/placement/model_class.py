@@ -43,6 +43,12 @@ class Rule:
     offset: int = 0
     scope: str | None = None
 
+    @property
+    def alternates(self) -> bool:
+        """Whether it only puts outputs in halves that alternate in the file, of a stack."""
+        inward = {"dim": 1, "inverse": False}
+        return [(n, dict(given)) for n, given in self.operations] == [("Interleave", inward)]
+
     def renamed(self, name: str, prefix: str) -> tuple[str, int] | None:
         """Return a name as the rule has it, and which source it was; None if it is not concerned.
 

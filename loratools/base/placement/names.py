@@ -169,6 +169,20 @@ class Names:
         """Return the stored tensors that the class stacks to a parameter, by expert and part."""
         return self._merged.get(parameter, [])
 
+    def alternated(self, parameter: str) -> str | None:
+        """Return the stored stack whose outputs alternate where the class has them in halves.
+
+        None if the parameter is none of those. Inkling's files hold gate and up so.
+        """
+        return self._alternated.get(parameter)
+
+    @cached_property
+    def _alternated(self) -> dict[str, str]:
+        if self._model is None:
+            return {}
+        named = names_in(self._model, list(self.tensors)).items()
+        return {n.name: key for key, n in named if n.rule is not None and n.rule.alternates}
+
     def cut_from(self, name: str) -> tuple[str, int, int] | None:
         """Return the stored tensor that the class cuts a tensor from; None if it does not.
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 from loratools.base.placement import rules
 from loratools.base.placement.names import Names
 from loratools_formats.checkpoints.facts import CONV1D_TYPES
-from loratools_formats.core.adapter import KindDelta, LowRank
-from loratools_formats.core.orientation import is_transposed, named_conv1d
+from loratools_formats.core.change import KindDelta, LowRank
+from loratools_formats.core.orientation import OTHER_BASE, is_transposed, named_conv1d
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 
@@ -74,6 +74,7 @@ def cut_is_transposed(
             tensor=module,
             got=f"in {width}",
             expected=f"a weight of shape {list(shape)}",
+            hint=OTHER_BASE,
         )
     if shape[0] != shape[1]:
         return shape[0] == width

@@ -1,4 +1,4 @@
-"""Pairs of factors put together or cut where a class keeps modules otherwise than an adapter.
+"""Pairs of factors that are joined or split where a class has other modules than an adapter.
 
 ΔW of a target is the sum of its pieces, each a pair of factors for some of its outputs in one of
 its planes. Put together, `a` is stacked and `b` has a block for each; pieces of one `a` share it.
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from loratools.base.placement.changes import Placement, Span
-from loratools_formats.core.adapter import Layer, LowRank
+from loratools_formats.core.change import Layer, LowRank
 from loratools_formats.core.dtypes import (
     Array,
     DType,
@@ -97,7 +97,7 @@ def put_together(
     first = next((p.delta for p in parts if p.delta.scale != 0.0), parts[0].delta)
     if any(part.delta.bias is not None for part in parts):
         raise AdapterError(
-            "biases of factors cannot be put together with other modules", tensor=first.a.key
+            "biases of factors cannot be joined with other modules", tensor=first.a.key
         )
     dtype = common_dtype([t.dtype for part in parts for t in (part.delta.a, part.delta.b)])
     ratios = [1.0 if p.delta.scale == first.scale else p.delta.scale / first.scale for p in parts]

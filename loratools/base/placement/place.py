@@ -23,7 +23,9 @@ from loratools.base.placement.tied import tied_changes
 from loratools.base.tied import shared_embeddings
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.facts import DEFAULT_HEAD, head_of
-from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import LowRank, ModuleChange
+from loratools_formats.core.orientation import OTHER_BASE
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, printable
 
@@ -221,6 +223,7 @@ def _does_not_fit(module: str, out: int, in_: int, expected: str) -> AdapterErro
         tensor=module,
         got=f"out {out}, in {in_}",
         expected=expected,
+        hint=OTHER_BASE,
     )
 
 
@@ -255,7 +258,7 @@ def unmatched(names: Names, missing: list[str], adapter: Adapter) -> UnmatchedEr
         f"no base tensor fits {len(missing)} of the adapter's modules or tensors: "
         f"{'; '.join(listed)}{more}",
         path=names.base.path,
-        hint="Is this the model the adapter was trained on?",
+        hint=OTHER_BASE,
     )
 
 

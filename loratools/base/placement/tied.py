@@ -16,7 +16,8 @@ from loratools.base.placement.names import Names
 from loratools.base.placement.orient import whole_is_transposed
 from loratools.base.tied import Tie, find_tie, shared_embeddings
 from loratools_formats.checkpoints.facts import HEAD_BIASES
-from loratools_formats.core.adapter import Adapter, LowRank, Replacement
+from loratools_formats.core.adapter import Adapter, Replacement
+from loratools_formats.core.change import LowRank
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import have_same_bits
 from loratools_formats.disk.errors import AdapterError, UnsupportedError

@@ -1,4 +1,4 @@
-"""Findings as JUnit XML: a test suite for each adapter, a failed case for each finding.
+"""Findings as JUnit XML: a test suite for each adapter, and a failed case for each finding.
 
 Errors and warnings are failures; notes are cases that passed, with the note as their output.
 """

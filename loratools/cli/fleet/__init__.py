@@ -47,7 +47,7 @@ _TABLE: dict[str, tuple[str, str]] = {
 def command(context: click.Context) -> None:
     """Run one operation over thousands of adapters, here, in shards or on a cluster.
 
-    What is done already is found by content and passed over, so that a run may be stopped, started
+    Finished work is recognised by its content and skipped. A run can therefore be stopped, started
     again, or started twice at once.
 
     \b

@@ -37,9 +37,9 @@ def command(
     writing: Writing,
     reporting: Reporting,
 ) -> int:
-    """Add an adapter to a shared set, in the bases that are there, and state its error.
+    """Add an adapter to a shared set, in the set's bases, and report its error.
 
-    The set itself is not changed: the output is a set with one adapter more.
+    The input is not changed: the output is a set with one more adapter.
 
     \b
     loratools fleet add shared.safetensors new-adapter -o more.safetensors

@@ -22,9 +22,10 @@ from loratools_formats.disk.errors import printable
 @shared.takes(DedupOptions, into="options")
 @shared.reports()
 def command(index: Path, options: DedupOptions, reporting: Reporting) -> int:
-    """Find near-duplicates among the adapters of an index, and groups of one start.
+    """Find near-duplicates among the adapters of an index, and groups with the same start.
 
-    Sketches tell the candidates; adapters that are as the index knows them are compared exactly.
+    Sketches choose the candidates. Those that have not changed since they were indexed are compared
+    exactly.
 
     \b
     loratools fleet index 'adapters/*' -o index.safetensors

@@ -6,6 +6,7 @@ import click
 
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
+from loratools.cli.completion import path_completions
 from loratools.cli.exits import EXIT_FOUND
 from loratools.cli.output import human_bytes, number, quantity, say
 from loratools.cli.perform import perform, target_of
@@ -16,7 +17,7 @@ from loratools.work.requests import Reading, Reporting, Writing
 
 
 @named_command("fleet index")
-@click.argument("adapters", nargs=-1, required=True)
+@click.argument("adapters", nargs=-1, required=True, shell_complete=path_completions)
 @shared.takes(IndexOptions, into="options")
 @shared.takes(Workers, into="threads")
 @shared.reads("from_", "ignore_key")
@@ -32,8 +33,8 @@ def command(
 ) -> int:
     """Index adapters by sketches of their ΔW, for `fleet similar` and `fleet dedup`.
 
-    ADAPTERS are paths, wildcards, folders that hold some, files that list them (.txt), or
-    hf://organisation/*. Those that cannot be read are listed, and the exit code is 1 then.
+    ADAPTERS are paths, wildcards, folders that hold adapters, files that list them (.txt), or
+    hf://organisation/*. If some cannot be read, they are listed, and the exit code is 1.
 
     \b
     loratools fleet index 'adapters/*' -o index.safetensors

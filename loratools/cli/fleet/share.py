@@ -7,6 +7,7 @@ import click
 from loratools.algebra.ranks import RankRule
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
+from loratools.cli.completion import path_completions
 from loratools.cli.output import human_bytes, number, print_table, quantity, say, sizes
 from loratools.cli.perform import perform, target_of
 from loratools.face.fleet_share import FleetShareResult, fleet_share
@@ -21,7 +22,7 @@ _SHOWN = 20
 
 
 @named_command("fleet share")
-@click.argument("adapters", nargs=-1, required=True)
+@click.argument("adapters", nargs=-1, required=True, shell_complete=path_completions)
 @shared.takes(ShareOptions, into="options")
 @shared.takes(RankRule, *RANK_OPTIONS, into="rule")
 @shared.takes(ComputeOptions, "dtype", "workers", into="compute")
@@ -39,11 +40,11 @@ def command(
     writing: Writing,
     reporting: Reporting,
 ) -> int:
-    """Bring adapters of one base model into shared bases, each with a small core of its own.
+    """Store adapters of one base model in shared bases, with a small core for each.
 
-    Adapters whose spaces overlap get one pair of bases per module; what is stored of each is its
-    core, and its error is stated, beside the least that squeezing each alone to the same size would
-    have. ADAPTERS are paths, wildcards, folders that hold some, files that list them (.txt), or
+    Adapters whose spaces overlap share one pair of bases per module, and each adds its core. The
+    report states the error of each, beside the least error of squeezing each alone to the same
+    size. ADAPTERS are paths, wildcards, folders that hold adapters, files that list them (.txt), or
     hf://organisation/*.
 
     \b

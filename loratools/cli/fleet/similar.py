@@ -35,8 +35,8 @@ def command(
 ) -> int:
     """Find the adapters of an index that are nearest to one, by the cosine of their ΔW.
 
-    Sketches tell the candidates, and their exact cosines the order, where the adapters are as the
-    index knows them.
+    Sketches choose the candidates. The exact cosines of those that have not changed since they were
+    indexed decide the order.
 
     \b
     loratools fleet similar my-adapter --index index.safetensors

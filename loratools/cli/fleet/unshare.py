@@ -35,7 +35,7 @@ def command(
 ) -> int:
     """Take adapters out of a shared set, as plain PEFT LoRAs.
 
-    One adapter becomes the folder that -o names; several become folders of their names in it.
+    -o names the folder of one adapter, or the folder in which each of several gets its own.
 
     \b
     loratools fleet unshare shared.safetensors chat -o chat

@@ -6,6 +6,7 @@ that its command has, made from the same declarations.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -16,6 +17,7 @@ from click.core import ParameterSource
 
 from loratools.cli import options as shared
 from loratools.cli.command import Command
+from loratools.cli.completion import path_completions
 from loratools.cli.exits import EXIT_FOUND
 from loratools.cli.fleet.report import show, tell_failures, telling
 from loratools.cli.output import note
@@ -37,7 +39,19 @@ class FleetCommand(Command):
         """Parse the fleet's own arguments; the others are in `ctx.obj`."""
         cut = args.index(_DASHES) if _DASHES in args else len(args)
         ctx.obj = args[cut + 1 :]
-        return super().parse_args(ctx, args[:cut])
+        try:
+            return super().parse_args(ctx, args[:cut])
+        except click.NoSuchOption as error:
+            verb = str(self.name).removeprefix("fleet ")
+            if error.option_name not in {made.flag for _, made in VERBS[verb].options.values()}:
+                raise
+            at = next(i for i, one in enumerate(args) if one.startswith(error.option_name))
+            given = [one for one in args[at + 1 : cut][:1] if not one.startswith("-")]
+            text = (
+                f"{error.option_name} is an option of the operation, and those stand behind --: "
+                f"loratools fleet {verb} ADAPTERS -o RESULTS -- {shlex.join([args[at], *given])}"
+            )
+            raise click.UsageError(text, ctx) from error
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write where the operation's options are, and where to read on."""
@@ -85,7 +99,9 @@ def _inputs(verb: Verb) -> list[tuple[str, Option]]:
 
 def _command(verb: Verb) -> click.Command:
     @click.command(f"fleet {verb.name}", cls=FleetCommand)
-    @click.argument("members", nargs=-1, required=True, metavar="ADAPTERS...")
+    @click.argument(
+        "members", nargs=-1, required=True, metavar="ADAPTERS...", shell_complete=path_completions
+    )
     @shared.takes(Fleeting, into="how")
     @shared.reports("json", "quiet", "verbose")
     @click.pass_obj
@@ -107,9 +123,9 @@ def _command(verb: Verb) -> click.Command:
 
     behind = _EXAMPLES.get(verb.name, "")
     command.help = (
-        f"Run `loratools {verb.name}` over many adapters, and pass over what is done.\n\n"
-        "ADAPTERS are paths, wildcards, folders that hold some, files that list them (.txt), or\n"
-        "hf://organisation/*. Exits with 1 if one failed or a check found something.\n\n"
+        f"Run `loratools {verb.name}` over many adapters, and skip finished ones.\n\n"
+        "ADAPTERS are paths, wildcards, folders that hold adapters, files that list them (.txt),\n"
+        "or hf://organisation/*. Exits with 1 if an adapter failed or a check found something.\n\n"
         f"\b\nloratools fleet {verb.name} 'adapters/*' -o results{behind}\n"
         f"loratools fleet {verb.name} list.txt -o results --shard 3/8{behind}\n"
     )

@@ -35,7 +35,7 @@ def _unsorted(subject: Subject) -> Iterator[Found]:
     if len(set(names)) < len(names):
         yield Found("target_modules names a module twice", "target_modules", CONFIG_FILE)
     elif names != sorted(names):
-        text = "target_modules is in no order: PEFT writes a set, and differently each time"
+        text = "target_modules is in no order: PEFT writes a set, and in another order each time"
         yield Found(text, "target_modules", CONFIG_FILE)
 
 
@@ -63,16 +63,17 @@ RULES = (
     Rule(
         "LT201", "unknown-config-key", "warning",
         "The configuration sets a key that is not known.",
-        "PEFT drops keys that its version does not know; if the key changes ΔW, the adapter does "
-        "another thing there.",
+        "PEFT drops keys that its version does not know; if the key changes ΔW, the adapter "
+        "makes another change there.",
         "Remove the key if it has no effect.",
         "`PeftConfigMixin.from_pretrained` in peft 0.21.2",
         of_readers=("unknown-config-key", "ignored-config-key"),
     ),
     Rule(
         "LT202", "unsupported-config-key", "warning",
-        "The configuration sets a key whose effect few programs know.",
-        "Programs that serve adapters read r, lora_alpha and target_modules, and pass over others.",
+        "The configuration sets a key that few programs support.",
+        "Programs that serve adapters read r, lora_alpha and target_modules, and ignore "
+        "other keys.",
         "Serve it with PEFT, and accept the finding in a baseline; remove the key if it has no "
         "effect.",
         "vllm/lora/peft_helper.py, 0.33.0",
@@ -80,9 +81,9 @@ RULES = (
     ),
     Rule(
         "LT203", "alpha-not-positive", "error",
-        "An alpha is zero, or negative, which is a note only.",
+        "An alpha is zero or negative. A negative one is only a note.",
         "With zero the module does nothing; llama.cpp takes 0 for “no alpha” and multiplies by 1. "
-        "With a negative one the product of the factors is subtracted.",
+        "With a negative alpha, the product of the factors is subtracted.",
         "Correct it in adapter_config.json; if it is meant, accept the finding in a baseline.",
         "`get_scale` in src/llama-adapter.h",
         _alpha_not_positive, of_readers=("alpha-not-positive",), key="lora_alpha",
@@ -91,8 +92,8 @@ RULES = (
         "LT204", "changed-base", "warning",
         "The initialisation changed the base weights before training (PiSSA, OLoRA, CorDA, "
         "LoRA-GA, LoftQ).",
-        "On the original base the adapter does another thing. Only PEFT changes the base again on "
-        "loading, and not exactly so.",
+        "On the original base the adapter makes another change. Only PEFT changes the base "
+        "again when it loads the adapter, and it does not do so exactly.",
         "Make it plain with the adapter saved before training: "
         "`loratools squeeze ADAPTER --initial INITIAL --energy 1 -o PLAIN`.",
         "peft 0.21.2, guide on LoRA initialisation",
@@ -101,7 +102,7 @@ RULES = (
     Rule(
         "LT205", "config-missing", "warning",
         "The configuration that states the scale is missing.",
-        "ΔW is known up to a number.",
+        "ΔW is known only up to a factor.",
         "Put adapter_config.json beside the weights.",
         "The reader of PEFT weights",
         of_readers=("config-missing",),
@@ -117,11 +118,10 @@ RULES = (
     ),
     Rule(
         "LT207", "left-to-loader", "warning",
-        "PEFT computes tensors from the base model that the file does not hold.",
+        "The file lacks tensors that PEFT computes from the base model.",
         "No other program does.",
         "Make it a plain LoRA: `loratools to-lora ADAPTER --base MODEL --rank R -o PLAIN`; "
-        "Uni-LoRA "
-        "also wants `--set order=NAME,NAME`.",
+        "Uni-LoRA also needs `--set order=NAME,NAME`.",
         "Uni-LoRA and FRoD in peft 0.21.2",
         of_readers=("left-to-loader",),
     ),
@@ -136,7 +136,7 @@ RULES = (
     Rule(
         "LT209", "multihead-attention", "warning",
         "PEFT applies the change of an output projection twice.",
-        "Programs that apply it once do another thing than PEFT.",
+        "Programs that apply it once give another result than PEFT.",
         "Serve it with PEFT, and accept the finding in a baseline.",
         "peft.tuners.lora.layer.MultiheadAttention, 0.21.2",
         of_readers=("multihead-attention",),
@@ -144,16 +144,16 @@ RULES = (
     Rule(
         "LT210", "no-weight-change", "note",
         "This kind of adapter changes no weight.",
-        "Rules about ΔW have nothing to say about it.",
+        "Rules about ΔW do not apply to it.",
         "Nothing; accept the finding in a baseline.",
         "Prompt tuning and prefix tuning in peft 0.21.2",
         of_readers=("no-weight-change",),
     ),
     Rule(
         "LT211", "local-base", "warning",
-        "The base model is recorded as a path of somebody's machine.",
-        "Nobody else finds it. vLLM's resolvers compare the text with the name of the model they "
-        "serve, and pass the adapter over.",
+        "The base model is recorded as a path on somebody's machine.",
+        "Nobody else can find it. vLLM's resolvers compare the text with the name of the "
+        "model that they serve, and ignore the adapter.",
         "Write the id of the base on the Hub into adapter_config.json.",
         "vllm/plugins/lora_resolvers/filesystem_resolver.py, 0.33.0",
         _local_base,
@@ -161,15 +161,16 @@ RULES = (
     Rule(
         "LT212", "no-base-recorded", "warning",
         "No base model is recorded.",
-        "PEFT cannot load the model by the adapter's name, and nobody knows what it is for.",
+        "PEFT cannot load the base by the adapter's name, and users do not know which model "
+        "it is for.",
         "Write the id of the base on the Hub into adapter_config.json.",
         "`AutoPeftModel` in peft 0.21.2",
         _no_base,
     ),
     Rule(
         "LT213", "unsorted-targets", "note",
-        "target_modules is in no order, or names a module twice.",
-        "Two runs of one training then write different files.",
+        "target_modules is not sorted, or names a module twice.",
+        "Two runs of the same training then write different files.",
         "Sort the list in adapter_config.json.",
         "`LoraConfig` keeps a set, which older versions of PEFT wrote as it came",
         _unsorted,
@@ -178,9 +179,8 @@ RULES = (
         "LT214", "extreme-scale", "note",
         "A scale is above 64 or below 1/4096.",
         "Most often alpha or r was written by hand.",
-        "Correct r and lora_alpha by those of the training; if they are as meant, accept the "
-        "finding "
-        "in a baseline.",
+        "Set r and lora_alpha to the values of the training; if they are right, accept the "
+        "finding in a baseline.",
         "Bounds chosen here",
         _extreme_scale, statistical=True,
     ),
@@ -195,23 +195,23 @@ RULES = (
     Rule(
         "LT216", "pattern-unmatched", "warning",
         "A rank or alpha pattern matches no module.",
-        "The modules that it was meant for have another rank or scale than somebody thinks.",
+        "The modules that it was meant for have another rank or scale than intended.",
         "Correct the pattern, or remove it.",
         "`get_pattern_key` in peft 0.21.2",
         of_readers=("pattern-unmatched",),
     ),
     Rule(
         "LT217", "targets-unclear", "note",
-        "Whether target_modules names every module cannot be told.",
-        "It is a regular expression that is broken, long or slow.",
+        "It cannot be determined whether target_modules names every module.",
+        "The regular expression is malformed, too long or too slow.",
         "List the names of the modules.",
         "`check_target_module_exists` in peft 0.21.2",
         of_readers=("targets-unclear",),
     ),
     Rule(
         "LT218", "scale-assumed", "warning",
-        "No scale is in the file, and 1 is taken.",
-        "Programs that take another default act more strongly or more weakly.",
+        "The file holds no scale, so 1 is assumed.",
+        "Programs with another default apply the adapter more strongly or more weakly.",
         "Write it down: `loratools convert ADAPTER -o NEW --from safetensors --to peft`.",
         "The readers of files without a configuration",
         of_readers=("scale-assumed",),

@@ -1,4 +1,4 @@
-"""Rules about factors of experts: layouts that a loader passes over, or reads as something else."""
+"""Rules about factors of experts: layouts that a loader ignores, or reads as something else."""
 
 from __future__ import annotations
 
@@ -119,7 +119,10 @@ def _layout(subject: Subject, adapter: Adapter, target: Target) -> Iterator[Foun
     if layout.name not in readable:
         text = f"{target.label} does not read experts stored so: {layout.described}"
     elif swapped and not types & {"llama4", "llama4_text"}:
-        text = f"{target.label} wants A of stacked experts on the inputs: {swapped[0]} has it not"
+        text = (
+            f"{target.label} needs A of stacked experts on the inputs, and {swapped[0]} has it on "
+            "the outputs"
+        )
     else:
         return
     hint = f"loratools convert ADAPTER --base MODEL --for {target.name} -o NEW"
@@ -129,26 +132,27 @@ def _layout(subject: Subject, adapter: Adapter, target: Target) -> Iterator[Foun
 RULES = (
     Rule(
         "LT114", "expert-order-doubtful", "warning",
-        "A marker states an order of stacked experts that the values speak against.",
-        "Read in the wrong order, every expert gets parts of the changes of others.",
-        "Find out what trained it; if the marker is wrong, write it again: "
+        "A marker states an order of stacked experts that does not fit the values.",
+        "If it is read in the wrong order, every expert gets parts of other experts' changes.",
+        "Find out which program trained it. If the marker is wrong, write the adapter again: "
         "`loratools convert ADAPTER -o NEW --set lora_B_layout=ORDER`.",
         "columns of lora_B of trained adapters, measured",
         of_readers=("expert-order-doubtful",),
     ),
     Rule(
         "LT115", "projections-in-parts", "warning",
-        "Modules are parts of a projection that the model has as one, as Tinker adapts them.",
-        "PEFT and programs that read its folders find no such module, and leave it as it was.",
+        "Modules are parts of a projection that is one module in the model, as Tinker adapts them.",
+        "PEFT and programs that read its folders find no such module, and do not change it.",
         "Join the parts: `loratools convert ADAPTER --to peft --base MODEL -o NEW`.",
         "`tinker_cookbook/weights/_adapter.py` at 9dfcc3a2",
         of_readers=("projections-in-parts",),
     ),
     Rule(
         "LT411", "experts-lost", "warning",
-        "PEFT on transformers 5 drops parts of an adapter of single experts as it stacks them, or "
-        "scales them otherwise.",
-        "It loads, with no warning or one that names other keys, and acts otherwise than trained.",
+        "When PEFT on transformers 5 stacks single experts, it drops parts of the adapter or "
+        "changes their scale.",
+        "The adapter loads without a warning, or with one that names other keys, and makes "
+        "another change than it was trained for.",
         "Write the names of transformers 5: "
         "`loratools convert ADAPTER --base MODEL --experts stacked -o NEW`.",
         "`transformers_weight_conversion.py` of peft 0.21.2, run with transformers 5.23",
@@ -157,7 +161,7 @@ RULES = (
     Rule(
         "LT517", "target-experts", "error",
         "The program does not read factors of experts in this layout, for this model.",
-        "It stops, or leaves the experts as they were.",
+        "It stops, or does not change the experts.",
         "Write the layout that it reads: "
         "`loratools convert ADAPTER --base MODEL --for PROGRAM -o NEW`.",
         "targets.toml",

@@ -135,8 +135,8 @@ RULES = (
     Rule(
         "LT001", "unreadable", "error",
         "The adapter cannot be read, or not all of it.",
-        "What cannot be read was not checked either, and no loader will agree with another about "
-        "it. This finding cannot be ignored or accepted.",
+        "Parts that cannot be read were not checked, and loaders will treat them "
+        "differently. This finding cannot be ignored or accepted.",
         "Do what the message says; save the adapter again if the file is damaged.",
         "The readers of loratools, each after the library that writes the format",
     ),
@@ -144,7 +144,7 @@ RULES = (
         "LT002", "pickled-weights", "warning",
         "The weights are a pickle.",
         "Loading a pickle without restrictions runs what is in it. loratools reads the tensors in "
-        "a child process that may build nothing but tensors.",
+        "a child process that can make nothing but tensors.",
         "Store them as safetensors: `loratools convert ADAPTER -o NEW --to peft`.",
         "torch.load, section on untrusted models; picklescan",
         _pickled, of_readers=("pickled-weights",),
@@ -152,22 +152,22 @@ RULES = (
     Rule(
         "LT003", "weights-twice", "warning",
         "Pickled weights lie beside safetensors.",
-        "Loaders take one of the two, and not all the same one.",
+        "Loaders take one of the two, but not all take the same one.",
         "Remove adapter_model.bin.",
         "peft.utils.save_and_load, 0.21.2",
         of_readers=("weights-twice",),
     ),
     Rule(
         "LT004", "code-files", "warning",
-        "A program lies in the folder.",
-        "An adapter needs no code. What lies beside it is downloaded with it.",
+        "There is a program in the folder.",
+        "An adapter needs no code, and other files in its folder are downloaded with it.",
         "Remove the file, or keep it in another repository.",
         "Hugging Face Hub, pages on security",
         _code_files,
     ),
     Rule(
         "LT005", "pickles-beside", "warning",
-        "A pickle lies beside the adapter, such as an optimizer's state.",
+        "There is a pickle beside the adapter, such as an optimizer's state.",
         "Nobody needs it to use the adapter, and loading it runs what is in it.",
         "Remove the file.",
         "transformers.Trainer writes optimizer.pt, scheduler.pt, rng_state.pth, training_args.bin",
@@ -176,7 +176,7 @@ RULES = (
     Rule(
         "LT006", "link-outside", "warning",
         "A link leads out of the folder.",
-        "Whoever copies the folder gets another file, or one of their own.",
+        "In a copy of the folder, the link leads to another file.",
         "Put the file itself into the folder.",
         "CWE-59",
         _links_outside,
@@ -184,8 +184,8 @@ RULES = (
     Rule(
         "LT007", "code-in-config", "warning",
         "The configuration names code to import, or holds what looks like code.",
-        "PEFT imports the module that auto_mapping names, on loading; the libraries that it adapts "
-        "are left out here.",
+        "When PEFT loads the adapter, it imports the module that auto_mapping names. The "
+        "rule ignores the libraries that PEFT adapts.",
         "Remove the key if the adapter works without it.",
         "`_get_peft_type` and `auto_mapping` in peft 0.21.2",
         _code_in_config,
@@ -200,33 +200,33 @@ RULES = (
     ),
     Rule(
         "LT009", "foreign-files", "note",
-        "Files lie in the folder that are no part of an adapter.",
+        "The folder has files that are not part of an adapter.",
         "They are published with it.",
-        "Remove what nobody needs.",
+        "Remove the files that nobody needs.",
         "The reader of PEFT folders",
         of_readers=("foreign-files",),
     ),
     Rule(
         "LT010", "nested-adapters", "note",
         "Sub-folders hold further adapters.",
-        "Loaders take the one at the top; the others are not checked here.",
+        "Loaders take the one at the top. The others are not checked here.",
         "Check each sub-folder by its own path.",
         "The reader of PEFT folders",
         of_readers=("nested-adapters",),
     ),
     Rule(
         "LT011", "large-metadata", "note",
-        "The header of the weights holds much text beside the tensors.",
+        "The header of the weights holds much text besides the tensors.",
         "Training tools put captions and paths there, which are published with the weights.",
-        "Leave out what tells about the training: "
+        "Leave out the text about the training: "
         "`loratools convert ADAPTER -o NEW.safetensors --to kohya --strip-training-metadata`.",
         "kohya's ss_* entries",
         _metadata,
     ),
     Rule(
         "LT012", "odd-names", "warning",
-        "A name holds characters that do not show.",
-        "Two names that look alike are then not the same.",
+        "A name has invisible characters.",
+        "Two names that look the same may then differ.",
         "Rename the tensor or the file.",
         "Unicode Technical Report 36",
         _odd_names,
@@ -241,7 +241,8 @@ RULES = (
     ),
     Rule(
         "LT014", "unreadable-attachment", "warning",
-        "Something beside the adapter is no regular file: a dangling link, a pipe or a folder.",
+        "An entry beside the adapter is not a regular file: it is a dangling link, a pipe or "
+        "a folder.",
         "Copies and uploads leave it out, or fail on it.",
         "Put the file itself there, or remove the link.",
         "The reader of PEFT folders",
@@ -249,8 +250,8 @@ RULES = (
     ),
     Rule(
         "LT015", "shared-set", "note",
-        "The file is a shelf of adapters in shared bases.",
-        "No program loads it; each of its adapters has to be taken out first.",
+        "The file holds several adapters in shared bases.",
+        "No program loads it. Each adapter must be taken out first.",
         "Take one out: `loratools fleet unshare SHARED NAME -o NEW`, and check that.",
         "The format of `loratools fleet share`",
         of_readers=("shared-set", "shared-members"),

@@ -24,7 +24,7 @@ _OF_UNETS = re.compile(
 
 
 def scales_by_commonest(adapter: Adapter, target: Target) -> dict[str, float]:
-    """Return the scales that a program takes for modules whose own alphas it passes over.
+    """Return the scales that a program uses for modules whose own alphas it ignores.
 
     It takes the alpha that most modules of the component have, for lack of their own. Modules
     whose scale comes out right are left out.

@@ -19,7 +19,8 @@ from loratools.operations.in_class_names import renamed_to_class
 from loratools_formats.checkpoints.facts import is_vocabulary
 from loratools_formats.contract.format import Context
 from loratools_formats.contract.registry import get_format
-from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.peft_facts import PREFIX
 from loratools_formats.core.wrapped_names import WRAPPERS
 from loratools_formats.disk.errors import AdapterError, LoratoolsError
@@ -261,20 +262,20 @@ RULES = (
     Rule(
         "LT402", "training-wrapper", "error",
         "Names hold the wrapper of a training tool, such as torch.compile's _orig_mod.",
-        "No module of the plain model has that name. PEFT drops the tensors with a warning, and "
-        "the base answers.",
-        "Write it under PEFT's names: `loratools convert ADAPTER -o NEW --to peft`. For the next "
-        "time: save from the unwrapped model.",
+        "No module of the plain model has that name. PEFT drops the tensors with a warning, "
+        "and the model behaves like its base.",
+        "Write it under PEFT's names: `loratools convert ADAPTER -o NEW --to peft`. Next "
+        "time, save from the unwrapped model.",
         "`torch.compile`, FSDP and activation checkpointing wrap modules under these names",
         _wrappers, of_readers=("wrapped-names",),
     ),
     Rule(
         "LT403", "adapter-name-in-keys", "error",
         "Names hold the adapter's own name, such as lora_A.default.weight.",
-        "PEFT loads them only where the adapter has that very name, and drops them without an "
-        "error where it has another; vLLM refuses the file.",
-        "Write it under PEFT's names: `loratools convert ADAPTER -o NEW --to peft`. For the next "
-        "time: save with `save_pretrained`.",
+        "PEFT loads them only if the adapter has the same name there, and otherwise drops "
+        "them without an error; vLLM refuses the file.",
+        "Write it under PEFT's names: `loratools convert ADAPTER -o NEW --to peft`. Next "
+        "time, save with `save_pretrained`.",
         "`set_peft_model_state_dict` in peft 0.21.2, run; `parse_fine_tuned_lora_name` in vLLM",
         _adapter_name,
     ),
@@ -289,19 +290,19 @@ RULES = (
     ),
     Rule(
         "LT405", "expert-axes", "warning",
-        "Factors of stacked experts come from a PEFT that read their axes the other way.",
-        "PEFT 0.19 and later read in and out of such parameters exchanged; where both are of one "
-        "size, nothing fails.",
-        "Serve it with the PEFT that made it, or fuse it, since loratools reads both: "
+        "Factors of stacked experts come from a version of PEFT that exchanged their axes.",
+        "PEFT 0.19 and later exchange the inputs and outputs of such parameters. If both "
+        "have the same size, no error shows it.",
+        "Serve it with the version of PEFT that made it, or fuse it, since loratools reads both: "
         "`loratools fuse BASE ADAPTER -o FUSED`.",
         "peft.tuners.lora.layer.ParamWrapper, 0.18 and 0.19",
         _expert_axes, key="peft_version",
     ),
     Rule(
         "LT406", "not-in-base", "error",
-        "A module meets no module of the base model (with `base`).",
-        "Loaders drop it, most with a line in a log; the base answers.",
-        "Take the base that the adapter was trained on, or rename with "
+        "A module is not in the base model (with `base`).",
+        "Loaders drop it, most of them with a line in a log, and the model behaves like its base.",
+        "Use the base that the adapter was trained on, or rename the modules: "
         "`loratools convert ADAPTER -o NEW --names FILE.toml`.",
         "vLLM issues 34186, 48019, 34591, 41754 and 55193",
         _not_in_base,
@@ -317,16 +318,17 @@ RULES = (
     ),
     Rule(
         "LT407", "wrong-shape", "error",
-        "A module's shape is not that of the base model's weight (with `base`).",
+        "A module does not have the shape of the base model's weight (with `base`).",
         "It cannot be added.",
-        "Take the base that the adapter was trained on.",
+        "Use the base that the adapter was trained on.",
         "The placement by which adapters are fused",
         _wrong_shape,
     ),
     Rule(
         "LT408", "tied-embedding", "warning",
-        "The adapter changes one end of a tied embedding (with `base`).",
-        "PEFT leaves the other end as it was; programs that keep one tensor for both change both.",
+        "The adapter changes one of two tied weights, the embedding or the output layer "
+        "(with `base`).",
+        "PEFT leaves the other one as it was; programs that keep one tensor for both change both.",
         "Compare with PEFT, or fuse it: `loratools fuse BASE ADAPTER -o FUSED` unties the two.",
         "tie_word_embeddings in transformers",
         _tied,
@@ -334,14 +336,14 @@ RULES = (
     Rule(
         "LT409", "experts-grouped", "error",
         "Factors of stacked experts are packed expert by expert, which PEFT does not read.",
-        "PEFT takes the ranks of one expert for those of all, without an error.",
+        "PEFT reads the ranks of one expert as those of all experts, without an error.",
         "Write it again as PEFT has it: `loratools convert ADAPTER -o NEW --to peft`.",
         "peft.tuners.lora.layer.ParamWrapper, 0.21.2",
         of_readers=("experts-grouped",),
     ),
     Rule(
         "LT410", "other-vocabulary", "warning",
-        "A trained embedding or output layer has another number of rows than the base's "
+        "A trained embedding or output layer has another number of rows than in the base "
         "(with `base`).",
         "PEFT stops with an error, unless the model was resized by resize_token_embeddings first.",
         "Fuse it, which writes the larger vocabulary: `loratools fuse BASE ADAPTER -o FUSED`.",

@@ -17,7 +17,8 @@ from loratools.algebra.outliers import DEAD, ONE_SIDED, scores_in_families
 from loratools.operations.check.remedy import Remedy
 from loratools.operations.check.rule import Found, Rule
 from loratools.operations.check.subject import Subject
-from loratools_formats.core.adapter import Adapter, LowRank
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import LowRank
 from loratools_formats.core.dtypes import Array
 from loratools_formats.core.tensors import TensorRef
 
@@ -203,15 +204,16 @@ RULES = (
     Rule(
         "LT301", "non-finite", "error",
         "A tensor holds NaN or infinite values.",
-        "The model's output is NaN then.",
-        "Take a checkpoint from before the training diverged.",
+        "The model's output is then NaN.",
+        "Use a checkpoint from before the training diverged.",
         "IEEE 754",
         _non_finite,
     ),
     Rule(
         "LT302", "does-nothing", "error",
         "Every module's change is zero.",
-        "The adapter loads and the base answers. B is zero before the first step of training.",
+        "The adapter loads, and the model behaves like its base. B is zero before the first "
+        "step of training.",
         "Save the adapter after training; gather sharded parameters before saving.",
         "PEFT initialises lora_B with zeros",
         _does_nothing,
@@ -236,7 +238,7 @@ RULES = (
     Rule(
         "LT305", "mixed-types", "note",
         "Factors are stored in several types.",
-        "The precision of the adapter is that of the smallest, at the size of the largest.",
+        "The adapter has the precision of the smallest type and the size of the largest.",
         "Choose one: `loratools convert ADAPTER -o NEW --to peft --dtype bf16`.",
         "safetensors headers",
         _mixed_types,
@@ -244,10 +246,10 @@ RULES = (
     Rule(
         "LT306", "stands-out", "note",
         "A module's change is much larger or smaller than those of its kind.",
-        "A statistic, and no verdict: a layer trained otherwise, a planted change and plain chance "
-        "look alike.",
-        "Look at it, `loratools spectrum ADAPTER`, and accept it in a baseline if the training "
-        "explains it.",
+        "This is a statistic, not a verdict: a layer that was trained differently, a planted "
+        "change and mere chance look the same.",
+        "Look at it with `loratools spectrum ADAPTER`, and accept it in a baseline if the "
+        "training explains it.",
         "Robust standard deviations from the trend over depth, after Iglewicz and Hoaglin 1993; "
         "above 8, by what is measured here",
         _stands_out, statistical=True,
@@ -255,7 +257,7 @@ RULES = (
     Rule(
         "LT307", "one-sided", "note",
         "One factor is a thousand times the other.",
-        "Types of few bits lose the smaller one.",
+        "Types with few bits lose the smaller one.",
         "Balance them without rounding: "
         "`loratools repair ADAPTER -o NEW --keep-intruders --rebalance`.",
         "The threshold of the findings of spectrum",
@@ -264,8 +266,8 @@ RULES = (
     Rule(
         "LT308", "dead-ranks", "note",
         "Some ranks of a module are zero.",
-        "They cost time and memory. Some programs need modules of one rank, and have them padded: "
-        "then the rule says nothing.",
+        "They cost time and memory. If the ranks are padded because a program needs one rank "
+        "for all modules, the rule does not apply.",
         "Cut them off without loss: `loratools squeeze ADAPTER -o NEW --energy 1`.",
         "The definition of rank",
         _dead_ranks,

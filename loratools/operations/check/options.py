@@ -1,4 +1,4 @@
-"""What a check can be asked for."""
+"""The options of a check."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ class CheckOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class FixOptions:
-    """What to mend.
+    """What to fix.
 
     Attributes:
-        fix: run the commands that mend what was found, and check the result again.
+        fix: run the commands that fix what was found, and check the result again.
         allow_lossy: leave out what the format cannot hold.
     """
 

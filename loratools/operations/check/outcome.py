@@ -44,7 +44,7 @@ class CheckFinding:
         target: the serving program that it is about; None if it is about none.
         message: what was found.
         hint: what to do.
-        command: the command that mends it; None if none does.
+        command: the command that fixes it; None if there is none.
         statistical: whether it compares with what is usual.
         fingerprint: the same in every run for one finding.
         remedy: the step of a fix that deals with it.
@@ -198,7 +198,7 @@ def _stable(subject: Subject) -> str:
 def checked(subject: Subject, codes: frozenset[str]) -> tuple[CheckFinding, ...]:
     """Return what rules find in one adapter, the gravest first.
 
-    That an adapter cannot be read is told whatever `codes` says, since it was then not checked.
+    An adapter that cannot be read is reported whatever `codes` says, since it was not checked.
     """
     found = [(rule, each) for rule in RULES if rule.code in codes for each in _run(subject, rule)]
     found += [(UNREADABLE, each) for each in _unreadable(subject)]
@@ -235,7 +235,7 @@ def _run(subject: Subject, rule: Rule) -> Iterator[Found]:
         try:
             own = list(rule.check(subject))
         except LoratoolsError as error:
-            text = f"{rule.code} could not look at it: {_text(error)}"
+            text = f"{rule.code} could not check it: {_text(error)}"
             own = [replace(Found(text, error.tensor), hint=error.hint or "")]
     yield from own
     if not own and rule.of_readers:

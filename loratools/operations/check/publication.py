@@ -115,7 +115,7 @@ RULES = (
     Rule(
         "LT701", "no-card", "note",
         "There is no README.md.",
-        "The page on the Hub is empty, and the adapter is not listed under its base.",
+        "The adapter's page on the Hub is empty, and it is not listed under its base.",
         "Write one with base_model, license and tags in its front matter.",
         "Hugging Face Hub, model cards",
         _no_card,
@@ -123,7 +123,7 @@ RULES = (
     Rule(
         "LT702", "broken-card", "warning",
         "The front matter of README.md cannot be read.",
-        "The Hub refuses it, or passes over it.",
+        "The Hub refuses or ignores it.",
         "Correct the YAML.",
         "Hugging Face Hub, POST /api/validate-yaml",
         _broken_card,
@@ -131,7 +131,7 @@ RULES = (
     Rule(
         "LT703", "no-licence", "note",
         "README.md names no licence.",
-        "Nobody may use it, strictly speaking.",
+        "Strictly speaking, nobody may use the adapter.",
         "Add `license:` to the front matter.",
         "Hugging Face Hub, model cards",
         _no_licence,
@@ -139,7 +139,7 @@ RULES = (
     Rule(
         "LT704", "licence-conflict", "warning",
         "The base forbids uses that the adapter's licence allows (with `base`).",
-        "An adapter is made from its base. Whether it is derived from it is for lawyers.",
+        "An adapter is made from its base. Whether it is a derived work is a question for lawyers.",
         "Name the base's licence.",
         "The front matter of both; words are compared, and nothing else",
         _licence_conflict,
@@ -147,7 +147,7 @@ RULES = (
     Rule(
         "LT705", "base-differs", "warning",
         "README.md and adapter_config.json name different bases.",
-        "The Hub lists it under the one, PEFT loads the other.",
+        "The Hub lists it under one base, and PEFT loads the other.",
         "Correct one of the two.",
         "huggingface_hub 2.4.0, `ModelCardData`",
         _base_differs,
@@ -162,7 +162,7 @@ RULES = (
     ),
     Rule(
         "LT707", "card-incomplete", "note",
-        "README.md lacks keys that the Hub finds adapters by.",
+        "README.md lacks keys by which the Hub lists adapters.",
         "It is not listed under its base, its task or its library.",
         "Add them to the front matter.",
         "`create_or_update_model_card` in peft 0.21.2",
@@ -170,8 +170,8 @@ RULES = (
     ),
     Rule(
         "LT708", "no-tokenizer", "warning",
-        "Embeddings are trained, and no tokenizer lies beside them.",
-        "Nobody knows which tokens the new rows belong to.",
+        "Embeddings are trained, and there is no tokenizer in the folder.",
+        "It is not known which tokens the new rows belong to.",
         "Save the tokenizer into the folder.",
         "SGLang reads added_tokens.json beside adapters",
         _no_tokenizer,

@@ -21,7 +21,7 @@ GROUPS: dict[Group, str] = {
     "structure": "Whether tensors make up an adapter.",
     "configuration": "Whether the configuration fits the tensors, and what else it says.",
     "numbers": "What the values are; these rules read every tensor.",
-    "no-ops": "What loads and does nothing, or another thing, without an error.",
+    "no-ops": "Adapters that load without an error, but do nothing or make another change.",
     "targets": "What a serving program refuses or leaves out; only with `target`.",
     "publication": "What a reader of the Hub page misses.",
 }

@@ -10,7 +10,8 @@ from loratools.operations.check.remedy import Remedy
 from loratools.operations.check.rule import Found, Rule
 from loratools.operations.check.subject import CONFIG_FILE, Subject
 from loratools.operations.check.targets import Support, Target
-from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import ModuleChange
 
 OfTarget = Callable[[Subject, Adapter, Target], Iterator[Found]]
 WORDS: dict[Support, str] = {
@@ -145,7 +146,7 @@ def _of_alphas(
     """Return that a program gives modules the alpha of others."""
     first = next(iter(taken))
     text = (
-        f"{target.label} passes over the alphas of {len(taken)} of {len(scales)} modules and takes "
+        f"{target.label} ignores the alphas of {len(taken)} of {len(scales)} modules and takes "
         f"the one that most have: {first} is multiplied by {taken[first]:g} instead of "
         f"{scales[first]:g}"
     )
@@ -250,8 +251,8 @@ def _pickles(_: Subject, adapter: Adapter, target: Target) -> Iterator[Found]:
 RULES = (
     Rule(
         "LT501", "target-retired", "error",
-        "The program does not load adapters any more.",
-        "Nothing that is done to the adapter changes that.",
+        "The program no longer loads adapters.",
+        "No change to the adapter helps.",
         "Fuse it into its base: `loratools fuse BASE ADAPTER -o FUSED`.",
         "targets.toml",
         _retired,
@@ -267,32 +268,33 @@ RULES = (
     Rule(
         "LT503", "target-kind", "error",
         "The program does not apply adapters of this kind.",
-        "Most check the kind, and some apply the factors without the rest.",
+        "Most programs check the kind; some apply the factors and ignore the rest.",
         "Make it a plain LoRA: `loratools to-lora ADAPTER --base MODEL --rank R -o PLAIN`.",
         "targets.toml",
         each_target(_kind),
     ),
     Rule(
         "LT504", "target-rank", "error",
-        "A rank is larger or smaller than the program can take.",
+        "A rank is larger or smaller than the program accepts.",
         "It refuses the adapter.",
-        "Cut it with the least error: `loratools squeeze ADAPTER -o NEW --rank R`.",
+        "Reduce it with the least error: `loratools squeeze ADAPTER -o NEW --rank R`.",
         "targets.toml",
         each_target(_rank),
     ),
     Rule(
         "LT505", "target-flag", "note",
-        "The program takes this rank with a flag only.",
-        "It refuses the adapter otherwise.",
+        "The program accepts this rank only with a flag.",
+        "Otherwise it refuses the adapter.",
         "Start it with the flag, or squeeze the adapter.",
         "targets.toml",
         each_target(_rank_flag),
     ),
     Rule(
         "LT506", "scale-dropped", "error",
-        "The program takes another scale for a module than PEFT.",
-        "It reads alpha and rank of the configuration and passes over alpha_pattern, rank_pattern "
-        "or use_rslora: the module loads and acts too strongly or too weakly. diffusers gives "
+        "The program uses another scale for a module than PEFT.",
+        "It reads alpha and rank from the configuration, and ignores alpha_pattern, "
+        "rank_pattern or use_rslora: the module loads, and its change is too strong or too "
+        "weak. diffusers gives "
         "attention in files with kohya's names the alpha that most modules have.",
         "Give all modules one rank and scale without loss: "
         "`loratools squeeze ADAPTER -o NEW --uniform --rank R`; for diffusers "
@@ -303,7 +305,7 @@ RULES = (
     ),
     Rule(
         "LT507", "mixed-ranks", "error",
-        "The program cannot take modules of different ranks.",
+        "The program cannot load modules of different ranks.",
         "It fails, or reads the factors with the wrong rank.",
         "Pad them: `loratools squeeze ADAPTER -o NEW --uniform --rank R`.",
         "targets.toml",
@@ -311,31 +313,31 @@ RULES = (
     ),
     Rule(
         "LT508", "rslora-dropped", "error",
-        "The program passes over use_rslora.",
-        "Every module acts too weakly by √r.",
+        "The program ignores use_rslora.",
+        "The change of every module is too weak by a factor of √r.",
         "Write plain scales: `loratools squeeze ADAPTER -o NEW --uniform --rank R`.",
         "targets.toml",
         each_target(_rslora),
     ),
     Rule(
         "LT509", "target-replacements", "error",
-        "The program does not take whole tensors or token rows.",
-        "It refuses them, or goes on with the base's.",
+        "The program does not load whole tensors or token rows.",
+        "It refuses them, or uses those of the base.",
         "Fuse the adapter into its base: `loratools fuse BASE ADAPTER -o FUSED`.",
         "targets.toml",
         each_target(_replacements),
     ),
     Rule(
         "LT510", "target-biases", "error",
-        "The program does not take trained biases.",
-        "It refuses them, or goes on with the base's.",
+        "The program does not load trained biases.",
+        "It refuses them, or uses those of the base.",
         "Fuse the adapter into its base: `loratools fuse BASE ADAPTER -o FUSED`.",
         "targets.toml",
         each_target(_biases),
     ),
     Rule(
         "LT511", "target-layers", "error",
-        "The program does not take factors of this kind of layer.",
+        "The program does not load factors of this kind of layer.",
         "It refuses them, or leaves them out.",
         "Fuse the adapter into its base: `loratools fuse BASE ADAPTER -o FUSED`.",
         "targets.toml",
@@ -343,8 +345,8 @@ RULES = (
     ),
     Rule(
         "LT512", "target-modules", "error",
-        "The program adapts modules of certain names only.",
-        "It refuses others.",
+        "The program adapts only modules of certain names.",
+        "It refuses other modules.",
         "Fuse the adapter into its base: `loratools fuse BASE ADAPTER -o FUSED`.",
         "targets.toml",
         each_target(_module_names),

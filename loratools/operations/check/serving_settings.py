@@ -23,7 +23,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def _settings(subject: Subject, _: Adapter, target: Target) -> Iterator[Found]:
-    """Find settings of the configuration that a program refuses or passes over."""
+    """Find settings of the configuration that a program refuses or ignores."""
     if not subject.is_peft:
         return
     for key in target.refused_settings:
@@ -36,7 +36,7 @@ def _settings(subject: Subject, _: Adapter, target: Target) -> Iterator[Found]:
             yield Found(text, key, CONFIG_FILE, remedy=remedy, target=target.name)
     for key in target.ignored_settings:
         if subject.config.get(key):
-            text = f"{target.label} passes over {key}, and the adapter acts otherwise there"
+            text = f"{target.label} ignores {key}, so the adapter makes another change there"
             remedy = Remedy("plain") if key in _FOLDED else None
             yield Found(text, key, CONFIG_FILE, remedy=remedy, target=target.name)
 
@@ -72,8 +72,8 @@ def _added_tokens(subject: Subject, _: Adapter, target: Target) -> Iterator[Foun
 RULES = (
     Rule(
         "LT514", "target-settings", "error",
-        "The program refuses, or passes over, a setting of the configuration.",
-        "Most programs that serve adapters know the keys of a plain LoRA and no others.",
+        "The program refuses or ignores a setting of the configuration.",
+        "Most programs that serve adapters know only the keys of a plain LoRA.",
         "Make it a plain LoRA: `loratools to-lora ADAPTER --energy 1 -o PLAIN`; if the "
         "initialisation changed the base: "
         "`loratools squeeze ADAPTER --initial INITIAL --energy 1 -o PLAIN`.",
@@ -82,9 +82,9 @@ RULES = (
     ),
     Rule(
         "LT515", "target-gaps", "error",
-        "Only some layers have a module, and the program wants it in all or none.",
-        "LoRAX stacks the factors of all layers; where one lacks them it drops those of the "
-        "others, without an error.",
+        "Only some layers have a module, and the program needs it in all layers or in none.",
+        "LoRAX stacks the factors of all layers; if one layer lacks them, it drops those of "
+        "the others without an error.",
         "Fuse the adapter into its base: `loratools fuse BASE ADAPTER -o FUSED`.",
         "`LoraWeights.load` in LoRAX",
         each_target(_gaps),
@@ -100,8 +100,8 @@ RULES = (
     Rule(
         "LT518", "target-names", "error",
         "The program does not find modules by kohya's names of this architecture.",
-        "diffusers has converters for some architectures and some of their modules; of others it "
-        "loads nothing, with a warning in its log at most.",
+        "diffusers converts some architectures and some of their modules. It does not load "
+        "the others, and at most writes a warning to its log.",
         "Convert it: `loratools convert ADAPTER NEW --to diffusers`.",
         "the loaders of diffusers 0.42.1, run on every architecture that has a table of names",
         each_target(lost_modules),

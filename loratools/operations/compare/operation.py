@@ -41,8 +41,8 @@ class CompareOptions:
     """How to compare.
 
     Attributes:
-        exact: look at every entry for signs and TIES.
-        sample: entries of a module to look at otherwise.
+        exact: use every entry for signs and TIES, instead of a sample.
+        sample: the number of entries of a module in the sample, without `exact`.
         seed: seed of the sample.
 
     Raises:
@@ -118,10 +118,10 @@ def compare(
     Raises:
         OptionError: fewer than two adapters.
         AdapterError: they share no module, or values are not finite.
-        UnsupportedError: a change depends on the base, or cannot be told.
+        UnsupportedError: a change depends on the base, or is not known.
     """
     if len(adapters) < 2:
-        raise OptionError("comparing takes at least two adapters", got=len(adapters))
+        raise OptionError("a comparison needs at least two adapters", got=len(adapters))
     options, selection = options or CompareOptions(), selection or Selection()
     named, found = in_one_naming(list(adapters.values()), base)
     many = len(named) >= MANY

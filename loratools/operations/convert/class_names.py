@@ -15,16 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from loratools.base.placement.flat_experts import FLAT, experts_in
+from loratools.base.placement.flat_experts import experts_in
 from loratools.operations.in_class_names import in_class_names
 from loratools_formats.checkpoints import expert_classes
 from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from loratools_formats.checkpoints.facts import model_types
 from loratools_formats.containers.gguf.container import is_gguf
 from loratools_formats.contract.commands import command_on
-from loratools_formats.core.adapter import Adapter, Layer, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import Layer, ModuleChange
+from loratools_formats.core.flat_experts import FLAT, SINGLE, singles_of
 from loratools_formats.core.tensors import TensorRef
-from loratools_formats.disk.errors import UnsupportedError
+from loratools_formats.disk.errors import MissingFileError, UnsupportedError
 
 NAMED = frozenset({"peft", "mlx"})
 """Formats whose modules have names of a class."""
@@ -74,13 +76,29 @@ def uses_names(source: str, target: str) -> bool:
     return {source, target} <= NAMED
 
 
+def checkpoint_of(adapter: Adapter, base: Path | None) -> Checkpoint | None:
+    """Return a base's checkpoint; None if it is none, for formats that do with a configuration.
+
+    Raises:
+        MissingFileError: it has no weights, and an adapter of PEFT or MLX needs their names.
+    """
+    if base is None or is_gguf(base):
+        return None
+    try:
+        return read_checkpoint(base)
+    except MissingFileError:
+        if adapter.format in NAMED:
+            raise
+        return None
+
+
 def in_target_names(
     adapter: Adapter, target: str, base: Path | None, *, as_stored: bool = False
 ) -> Adapter:
     """Return an adapter under the names that the target's loader knows for a base.
 
     Args:
-        adapter: of PEFT or MLX.
+        adapter: of PEFT or MLX, or from GGUF in the model's names.
         target: `peft` or `mlx`.
         base: the base model.
         as_stored: name and divide modules as the base's files do, not as its class.
@@ -88,7 +106,7 @@ def in_target_names(
     Raises:
         UnsupportedError: the names differ between the two, and there is no base to tell them.
     """
-    checkpoint = None if base is None or is_gguf(base) else read_checkpoint(base)
+    checkpoint = checkpoint_of(adapter, base)
     if checkpoint is not None:
         if adapter.format == "mlx":
             adapter = _with_bodies(adapter, checkpoint, to_mlx=False)
@@ -96,6 +114,26 @@ def in_target_names(
     elif adapter.format != target:
         _refuse_names(adapter, target)
     return _for_mlx(adapter, checkpoint) if target == "mlx" and checkpoint is not None else adapter
+
+
+def with_flat_experts(adapter: Adapter, base: Path | None) -> Adapter:
+    """Return an adapter read from GGUF with DBRX's experts in the matrices that PEFT adapts.
+
+    Raises:
+        UnsupportedError: there is no folder of the base, which tells how many experts there are.
+    """
+    single = next((name for name in adapter.modules if SINGLE.fullmatch(name)), None)
+    if single is None:
+        return adapter
+    if base is None or is_gguf(base):
+        raise UnsupportedError(
+            "PEFT adapts DBRX's experts in one matrix, and the model's folder tells its size",
+            path=adapter.source,
+            tensor=single,
+            hint="Give the folder: "
+            + command_on(adapter, "convert", "--to peft --base FOLDER", output="converted"),
+        )
+    return in_class_names([adapter], read_checkpoint(base))[0]
 
 
 def _refuse_names(adapter: Adapter, target: str) -> None:
@@ -192,7 +230,10 @@ def _apart(
             )
         flat = [FLAT.fullmatch(parameter) for parameter in change.layer.parameters]
         if len(flat) == 1 and flat[0] is not None and "dbrx" in model_types(base.config):
-            yield from _of_dbrx(flat[0]["owner"], flat[0]["leaf"], change, base)
+            part = change.require_factors()
+            experts = experts_in(base.config, part.b.shape[0], flat[0][0])
+            for single, factors in singles_of(flat[0][0], part, experts):
+                yield single, change.with_direction(factors)
             return
         if any(not parameter.endswith(".weight") for parameter in change.layer.parameters):
             raise UnsupportedError(
@@ -222,25 +263,6 @@ def _apart(
         return
     for index, leaf in enumerate(("gate_proj", "up_proj")):
         yield f"{path}.{leaf}", _named(change, f"{path}.{leaf}", _half(b, index, types[0]))
-
-
-def _of_dbrx(
-    owner: str, leaf: str, change: ModuleChange, base: Checkpoint
-) -> Iterator[tuple[str, ModuleChange]]:
-    """Yield the linear layers of single experts, which DBRX keeps below each other in a matrix.
-
-    Its experts have A (r, H) in common, and rows of B each. w2 acts from rows to columns.
-    """
-    part = change.require_factors()
-    experts = experts_in(base.config, part.b.shape[0], f"{owner}.mlp.{leaf}")
-    rows = part.b.shape[0] // experts
-    for expert in range(experts):
-        b = part.b.rows(list(range(expert * rows, (expert + 1) * rows)))
-        a = part.a
-        if leaf == "w2":
-            a, b = b.transposed((1, 0)), a.transposed((1, 0))
-        single = replace(part, a=a, b=b, layer=Layer("linear"))
-        yield f"{owner}.{expert}.{leaf}", change.with_direction(single)
 
 
 def _half(b: TensorRef, index: int, model_type: str) -> TensorRef:

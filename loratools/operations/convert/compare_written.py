@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from loratools.algebra import linalg
+from loratools.algebra import linalg, residuals
 from loratools.lowrank.matrices import loaded
 from loratools.work.parallel import in_order, usable_cores
 from loratools_formats.contract.files import read_adapter
-from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.dtypes import Array, is_power_of_two
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, OutputError
@@ -170,7 +171,8 @@ def _residual(
             error += linalg.Grams(linalg.gram(change), both.a).squared_norm if change.any() else 0.0
         else:
             error += (
-                linalg.residual_norm(b, a, first.scale, both, second.scale * new_b, new_a)[0] ** 2
+                residuals.residual_norm(b, a, first.scale, both, second.scale * new_b, new_a)[0]
+                ** 2
             )
     if not math.isfinite(error):
         raise OutputError("a value is beyond the range of the output's type", tensor=name)

@@ -20,7 +20,7 @@ from loratools.lowrank.true_rank import of_true_rank
 from loratools.naming.lists import names_of_adapter, names_of_base
 from loratools.naming.rename import NamingOptions, Renamed, renamed
 from loratools.naming.tables import find_table
-from loratools.operations.convert.class_names import in_target_names, uses_names
+from loratools.operations.convert.class_names import in_target_names, uses_names, with_flat_experts
 from loratools.operations.convert.compare_written import ConversionCheck, compared
 from loratools.operations.convert.experts.in_layout import in_layout
 from loratools.operations.convert.experts.layouts import PeftLayout, Wanted
@@ -69,17 +69,17 @@ class ConvertOptions:
         to: format to write; by default found from the output's name.
         dtype: type of the factors in the output: f32, f16 or bf16, or q8_0 in a GGUF file.
         set_: text to add to the output's metadata; `lora_B_layout=rank_major` or
-            `=grouped_by_expert` says instead how stacked experts are packed in the input.
+            `=grouped_by_expert` states how the input packs stacked experts instead.
         keep_alpha: leave scales beside factors, as they are.
         fold_alpha: move scales into factors even if that rounds.
         allow_lossy: leave out what the format cannot hold.
-        names_of: name modules as classes of transformers 5 do, or as those of version 4 and the
-            base's files; both need the base.
+        names_of: the release of transformers whose module names are written: 5, or 4 (as in the
+            base's files); both need the base.
         experts: how a PEFT folder stores experts: in stacked parameters, one by one, in a stack for
             each projection, or with the outer factors shared.
-        peft_layout: the release of PEFT whose layers shall read stacked experts: 0.18, which has A
-            on the outputs of most models, or 0.19.1 and later.
-        for_: the program that shall load the output, such as vllm, sglang, peft, unsloth, mlx or
+        peft_layout: the release of PEFT that will read stacked experts: 0.18, which has A on the
+            outputs of most models, or 0.19.1 and later.
+        for_: the program that will load the output, such as vllm, sglang, peft, unsloth, mlx or
             llamacpp; it chooses the format and the layout of experts.
 
     Raises:
@@ -124,13 +124,14 @@ class SingleFileOptions:
             flux1, flux2, hidream, hunyuan_video, hunyuan_video15, ideogram4, krea2, ltx2,
             ltx_video, lumina2, qwen_image, qwen_image21, sd1, sd3, sdxl, wan2, wan_animate2,
             z_image, or a FILE.toml of yours.
-        names_from: an adapter whose dotted names resolve flattened ones.
-        component: part of a pipeline that names without one are of, or that is to be taken.
+        names_from: an adapter with dotted names, by which flattened names are translated.
+        component: the part of a pipeline to take, or the part that names without a component belong
+            to.
         alpha: what becomes of scales: moved into the factors where that is `exact`, or always
             (`fold`), or never (`keep`).
         as_it_is: whether keys and scales stay as they are, since the naming does.
-        strip_training_metadata: leave out what the metadata of single files tells about the
-            training data.
+        strip_training_metadata: leave out what the metadata of single files says about the training
+            data.
     """
 
     names: str | None = option(None, heading="Input", metavar="TABLE")
@@ -199,9 +200,10 @@ def prepare(
         context.base,
         experts,
         lambda given: _in_model_terms(given, target, context, names_of),
+        names_of,
     )
     model = model if single.as_it_is else _with_positive_scales(model)
-    if target.name == "gguf" and context.base is not None and model.replacements:
+    if target.name in ("gguf", "mlx") and context.base is not None and model.replacements:
         model = without_repeated(model, stored_in(context.base))
     lost = [] if single.as_it_is else _lost_by_any_name(model, target)
     left = {loss.name for loss in lost}
@@ -228,6 +230,7 @@ def prepare(
     if single.strip_training_metadata:
         model = replace(model, metadata=without_training_data(model.metadata))
     exact, made = _translated(model, named, target, context, single)
+    _refuse_other_form(made, adapter, target)
     options: dict[str, Any] = {"to": target.name, **single.record()}
     options |= {} if names_of is None else {"names_of": names_of}
     options |= wanted.record()
@@ -250,7 +253,8 @@ def prepare(
 def _refuse_nothing(
     model: Adapter, adapter: Adapter, target: Format, losses: tuple[Loss, ...]
 ) -> None:
-    if not (model.modules or model.replacements or model.shared):
+    added = model.additions.keys() - {loss.name for loss in losses}
+    if not (model.modules or added or model.replacements or model.shared):
         why = f": {losses[0].name} {losses[0].reason}" if losses else ""
         raise UnsupportedError(
             f"nothing would be left to write as {target.name}{why}",
@@ -258,6 +262,12 @@ def _refuse_nothing(
             got=f"{len(adapter.modules)} modules",
             hint=losses[0].remedy or None if losses else None,
         )
+
+
+def _refuse_other_form(made: Adapter, adapter: Adapter, target: Format) -> None:
+    """Refuse an output that would not have the form that was asked for."""
+    for told in target.writing_findings(made):
+        raise UnsupportedError(told.message, path=adapter.source, tensor=told.where, hint=told.hint)
 
 
 def _with_positive_scales(adapter: Adapter) -> Adapter:
@@ -268,7 +278,7 @@ def _with_positive_scales(adapter: Adapter) -> Adapter:
 def _check_dtype(target: Format, dtype: str | None) -> None:
     if dtype is not None and dtype not in target.dtypes:
         raise OptionError(
-            f"format {target.name} is not written in this type",
+            f"format {target.name} cannot be written in this type",
             got=dtype,
             expected=" or ".join(target.dtypes) or "`dtype` to be left out",
         )
@@ -349,9 +359,10 @@ def _in_model_terms(
 ) -> Adapter:
     source = get_format(adapter.format)
     model = adapter if source.name == target.name else source.to_model(adapter, context)
-    if uses_names(source.name, target.name):
+    of_llama_cpp = source.name == "gguf" and target.name == "mlx"
+    if uses_names(source.name, target.name) or of_llama_cpp:
         return in_target_names(model, target.name, context.base, as_stored=names_of == "4")
-    return model
+    return with_flat_experts(model, context.base) if target.name == "peft" else model
 
 
 def _uses_base(source: Format, target: Format) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from loratools.algebra.ranks import RankRule, as_options
-from loratools.base.dequantised import dequantised
+from loratools.base.dequantised import dequantised, rounded_as
 from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.extract.pairs import Comparison, Pair
 from loratools.operations.to_lora import ToLoraChoices, ToLoraResult, to_lora, to_lora_choices
@@ -25,7 +25,8 @@ from loratools.work.parallel import in_order, usable_cores
 from loratools.work.provenance import operation_record
 from loratools.work.selection import Selection
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.peft_facts import replaced_name
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -39,7 +40,7 @@ class Naming:
         base_name: name to record as the base model's.
         to: write a single file of a diffusion model: kohya, comfyui or diffusers; by default a PEFT
             folder.
-        component: part of a pipeline that a checkpoint is whose names do not tell.
+        component: the part of a pipeline that the checkpoint is, if its names do not show it.
     """
 
     base_name: str | None = option(None, heading="Output", metavar="NAME")
@@ -83,10 +84,11 @@ def difference(
 
     Raises:
         AdapterError: a tensor is in only one of the two, or of another shape, or nothing changed.
-        UnsupportedError: a tensor changed that has no place in a LoRA.
+        UnsupportedError: a tensor that has no place in a LoRA changed.
     """
     selection = selection or Selection()
-    comparison = Comparison(dequantised(base).checkpoint, dequantised(tuned).checkpoint, selection)
+    old, new = dequantised(base), dequantised(tuned)
+    comparison = Comparison(rounded_as(old, new), rounded_as(new, old), selection)
     pairs = comparison.pairs()
     changed = in_order(lambda pair: pair.differs(), pairs, workers or usable_cores())
     differing = [pair for pair, differs in zip(pairs, changed, strict=True) if differs]
@@ -98,7 +100,7 @@ def difference(
         pair = placeless[0]
         others = [pair.module for pair in pairs if pair.use != "none"]
         raise UnsupportedError(
-            "a tensor changed that has no place in a LoRA",
+            "a tensor that has no place in a LoRA changed",
             path=tuned.path,
             tensor=pair.key,
             got=f"{pair.new.dtype.code} {list(pair.new.shape)}",
@@ -115,10 +117,10 @@ def difference(
         )
     if not modules:
         raise AdapterError(
-            "no weight changed that a LoRA could change",
+            "none of the weights that a LoRA could change has changed",
             path=tuned.path,
             got=f"{len(replacements)} changed norms, biases or embeddings",
-            hint="A LoRA needs a module to adapt",
+            hint="A LoRA needs at least one module",
         )
     adapter = Adapter(
         format="peft",

@@ -30,7 +30,8 @@ from loratools_formats.checkpoints.facts import (
     is_conv1d,
     is_embedding,
 )
-from loratools_formats.core.adapter import KindDelta, Layer, ModuleChange, Replacement
+from loratools_formats.core.adapter import Replacement
+from loratools_formats.core.change import KindDelta, Layer, ModuleChange
 from loratools_formats.core.dtypes import DTYPES
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.orientation import named_conv1d
@@ -352,7 +353,7 @@ class Comparison:
     def _refuse_unknown_layout(self, key: str, module: str) -> None:
         if named_conv1d(module):
             raise UnsupportedError(
-                "whether the weight is stored as (in, out) does not show",
+                "the checkpoint does not show whether the weight is stored as (in, out)",
                 path=self.base.path,
                 tensor=key,
                 hint="Give the folder with the base's config.json",

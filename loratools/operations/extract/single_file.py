@@ -19,7 +19,8 @@ from loratools.naming.base_components import (
 )
 from loratools.naming.restructure import rows_of, units
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.core.adapter import Adapter, Addition, ModuleChange, Replacement
+from loratools_formats.core.adapter import Adapter, Addition, Replacement
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.single_file_keys import COMPONENTS
 from loratools_formats.core.tensors import TensorRef, in_memory
@@ -134,7 +135,7 @@ def _added(
     old = base.tensors.get(key)
     if old is None or old.shape != new.shape or len(new.shape) != 1:
         raise UnsupportedError(
-            "a tensor changed that single files have no place for",
+            "a tensor changed, and single files have no place for it",
             path=base.path,
             tensor=key,
             got=f"{new.dtype.code} {list(new.shape)}",

@@ -1,10 +1,10 @@
 """W + ΔW of one stored tensor, a block of rows at a time.
 
-In float32 where a large tensor is rounded to bfloat16 anyway, in float64 otherwise and for DoRA.
-In float32 a sum may cancel: entries so small that the rounding errors of the product could show in
-a bfloat16 are found by a bound and computed again in float64, as is the whole of a block where many
-are small beside it. What remains is that some 3 in 100,000 entries, which lie next to a tie, take
-the other neighbour.
+In float32 where a large tensor is rounded to 16 bits anyway, or quantised, in float64 otherwise and
+for DoRA. In float32 a sum may cancel: entries so small that the rounding errors of the product
+could show in the type to store are found by a bound, computed again in float64 and rounded once, as
+is the whole of a block where many are small beside it. What remains is that some 3 in 100,000
+entries of a bfloat16, 1 in 10,000 of a float16, which lie next to a tie, take the other neighbour.
 
 Blocks of 2^19 elements were measured fastest: larger ones leave the processor's cache, and with
 smaller ones threads wait for each other more often.
@@ -22,7 +22,7 @@ import numpy as np
 from loratools.algebra.device import Device, to_numpy
 from loratools.operations.fuse.terms import DoraTerm, RowsTerm, Term, View
 from loratools.work.buffers import Buffers
-from loratools_formats.core.dtypes import Array
+from loratools_formats.core.dtypes import SPACINGS, Array, Spacing, round_into, rounded_to_odd
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
 
@@ -30,10 +30,11 @@ _BLOCK_ELEMENTS = 1 << 19
 _MIN_SINGLE_ELEMENTS = 1 << 18
 _MAX_SINGLE_RANK = 128
 _SINGLE_ROUNDING = 2.0**-24
-_BF16_HALF_ULP = 2.0**-9
-# Where a block is not above the bound by this, over one in 10,000 entries would take the wrong
-# neighbour.
-_MAX_BOUND_TO_RMS = 2.0**-17
+_OF_16_BITS = ("BF16", "F16")
+_QUANTISED = Spacing(2.0**-7, math.inf)  # of Q8_0: 1/127 of a block's largest, zeros too
+# Where a block is not above the bound by this times the relative spacing of the type to store, over
+# one in 10,000 entries would take the wrong neighbour.
+_MAX_BOUND_TO_RMS = 2.0**-10
 _RMS_STRIDE = 61
 
 
@@ -65,20 +66,26 @@ class Patch:
 
 def single_precision(
     view: View, terms: Sequence[Sequence[Term | RowsTerm]], code: str, *, base_code: str
-) -> bool:
-    """Return whether float32 is enough: bfloat16 in and out, no DoRA, no very high rank.
+) -> Spacing | None:
+    """Return the spacing of the type to store if float32 is enough to compute it, else None.
 
-    Small tensors take no time in float64 either.
+    It is enough from a type of 16 bits to the same, with no DoRA and no very high rank. Small
+    tensors take no time in float64 either.
     """
-    elements = view.planes * view.rows * view.columns
-    return (
-        code == base_code == "BF16"
-        and elements >= _MIN_SINGLE_ELEMENTS
-        and all(
-            isinstance(term, Term) and term.is_product and term.right.shape[0] <= _MAX_SINGLE_RANK
-            for plane in terms
-            for term in plane
-        )
+    is_enough = code == base_code and code in _OF_16_BITS and _is_large_product(view, terms)
+    return SPACINGS[code] if is_enough else None
+
+
+def single_for_quantised(view: View, terms: Sequence[Sequence[Term | RowsTerm]]) -> Spacing | None:
+    """Return the least spacing of quantised values if float32 is enough to compute them."""
+    return _QUANTISED if _is_large_product(view, terms) else None
+
+
+def _is_large_product(view: View, terms: Sequence[Sequence[Term | RowsTerm]]) -> bool:
+    return view.planes * view.rows * view.columns >= _MIN_SINGLE_ELEMENTS and all(
+        isinstance(term, Term) and term.is_product and term.right.shape[0] <= _MAX_SINGLE_RANK
+        for plane in terms
+        for term in plane
     )
 
 
@@ -88,7 +95,7 @@ def fused_blocks(
     terms: Sequence[Sequence[Term | RowsTerm]],
     patches: Sequence[Patch],
     *,
-    single: bool,
+    single: Spacing | None,
     device: Device,
     step: int = 1,
 ) -> Iterator[Block]:
@@ -99,14 +106,14 @@ def fused_blocks(
         view: how its elements form matrices.
         terms: what is added, for each plane.
         patches: rows to replace first.
-        single: compute in float32.
+        single: compute in float32, for a type of this spacing; None computes in float64.
         device: where products are computed.
         step: number of which the rows of each block are a multiple, but for a matrix' last block.
 
     Raises:
         AdapterError: a DoRA's direction has a zero row.
     """
-    dtype = np.float32 if single else np.float64
+    dtype = np.float64 if single is None else np.float32
     height = max(step, _BLOCK_ELEMENTS // max(view.columns, 1) // step * step)
     height = max(1, min(view.rows, height))
     shape = (height, view.columns)
@@ -127,9 +134,9 @@ def fused_blocks(
                 sums[...] = w
                 for term in prepared:
                     term.add(w, sums, product[:count], top)
-            if single:
+            if single is not None:
                 products = [item for item in prepared if isinstance(item, _Product)]
-                _repair(w, sums, top, products, masks[0, :count], masks[1, :count])
+                _repair(w, sums, top, products, single, masks[:, :count])
             yield Block((plane * view.rows + top) * view.columns, w, sums)
 
 
@@ -145,7 +152,7 @@ class _Reader:
         start = (plane * self.view.rows + top) * self.view.columns
         values = BUFFERS.array("stored", (out.size,), self.tensor.dtype.numpy_dtype())
         self.tensor.elements_into(start, values)
-        np.copyto(out, values.reshape(out.shape), casting="unsafe")
+        round_into(values, out.reshape(-1))
         for rows, replaced in self.patches:
             inside = (rows >= top) & (rows < top + len(out))
             if inside.any():
@@ -183,9 +190,10 @@ class _Product:
         self.right_lines = term.right.T
         if dtype == np.float32:
             self.right_lines = np.ascontiguousarray(term.right.T)  # for scattered columns
+            # In float64: squares of 10^±23, which may meet in one product, leave float32.
             lengths = [
-                math.sqrt(np.einsum("ij,ij->i", term.left, term.left).max()),
-                math.sqrt(np.einsum("ij,ij->j", term.right, term.right).max()),
+                math.sqrt(np.einsum(axes, side, side, dtype=np.float64).max())
+                for axes, side in (("ij,ij->i", term.left), ("ij,ij->j", term.right))
             ]
             # Rounding errors of a product of r terms grow like √r unless they conspire
             # (Higham and Mary 2019, doi 10.1137/18M1226312).
@@ -288,20 +296,27 @@ def _ratio(magnitude: Array, norms: Array, module: str) -> Array:
 
 
 def _repair(
-    base: Array, total: Array, top: int, prepared: Sequence[_Product], mask: Array, spare: Array
+    base: Array,
+    total: Array,
+    top: int,
+    prepared: Sequence[_Product],
+    spacing: Spacing,
+    masks: Array,
 ) -> None:
-    """Compute again in float64 the entries whose float32 error could show in a bfloat16."""
+    """Compute again in float64 the entries whose float32 error could show in the type to store."""
     bound = sum(term.bound for term in prepared)
-    if bound == 0.0:
-        return
     flat = total.reshape(-1)
     sample = flat[::_RMS_STRIDE]
-    if bound > _MAX_BOUND_TO_RMS * math.sqrt(float(np.dot(sample, sample)) / sample.size):
+    size = math.sqrt(float(np.dot(sample, sample)) / sample.size)
+    if not bound <= _MAX_BOUND_TO_RMS * spacing.relative * size:  # or one of them is NaN
         _compute_in_double(base, total, top, prepared)
         return
-    limit = np.float32(bound / _BF16_HALF_ULP)
-    np.less(total, limit, out=mask)
-    mask &= np.greater(total, -limit, out=spare)
+    if bound < spacing.smallest / 2:
+        return
+    # Below this, half the spacing is less than the bound: it is relative / 4 just below a power.
+    limit = np.float32(4 * bound / spacing.relative)
+    mask = np.less(total, limit, out=masks[0])
+    mask &= np.greater(total, -limit, out=masks[1])
     places = _true_places(mask.reshape(-1))
     if len(places) > flat.size >> 6:
         _compute_in_double(base, total, top, prepared)
@@ -319,7 +334,7 @@ def _repair(
         left = term.left[i[inside]].astype(np.float64)
         products = np.vecdot(left, item.right_lines[j[inside]])
         exact[inside] += term.weight * products
-    flat[places] = exact
+    flat[places] = rounded_to_odd(exact)
 
 
 def _true_places(mask: Array) -> Array:
@@ -338,4 +353,4 @@ def _compute_in_double(base: Array, total: Array, top: int, prepared: Sequence[_
         for _, sums, start, stop in item.cut(base, exact, top):
             left = term.left[start - term.rows[0] : stop - term.rows[0]].astype(np.float64)
             np.add(sums, term.weight * (left @ term.right), out=sums)
-    total[...] = exact
+    total[...] = rounded_to_odd(exact)

@@ -1,4 +1,4 @@
-"""The configuration of a base that becomes a classifier: its class, and as many labels as it has.
+"""The configuration of a base that becomes a classifier: its class, and its number of labels.
 
 PEFT's adapters of classifiers bring a head of their own. A model loads it only as the class that
 has one, and only with as many labels; otherwise transformers makes a new head at random.

@@ -19,14 +19,20 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from loratools.algebra.device import Computing, Device
-from loratools.operations.fuse.blocks import fused_blocks
+from loratools.operations.fuse.blocks import fused_blocks, single_for_quantised
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.gguf_changes import gguf_changes
 from loratools.operations.fuse.loss import lost_to_rounding, refuse_erased, refuse_rounded
 from loratools.operations.fuse.operation import refuse_nothing
 from loratools.operations.fuse.plan import TensorPlan
 from loratools.operations.fuse.result import FusePreview, FuseResult
-from loratools.operations.fuse.tensor import TensorReport, fuse_tensor, not_finite
+from loratools.operations.fuse.tensor import (
+    TensorReport,
+    fuse_tensor,
+    not_finite,
+    squared_norm,
+    squared_of_products,
+)
 from loratools.operations.fuse.terms import View, WeightedChange, load_terms, stacked
 from loratools.operations.reported import report
 from loratools.work.call import kept
@@ -63,7 +69,7 @@ class GgufFuseOptions(Computing):
 
     Attributes:
         outtype: type of the tensors that change; `keep` leaves each its own.
-        fallback: type of changed tensors whose own cannot be written, such as Q4_K: f16 by
+        fallback: type of changed tensors whose own type cannot be written, such as Q4_K: f16 by
             default, or q8_0. Rows that do not fit q8_0 become f16.
         allow_lossy: write even if less than half of the change survives rounding.
 
@@ -79,7 +85,7 @@ class GgufFuseOptions(Computing):
         super().__post_init__()
         if self.outtype not in get_args(Outtype):
             expected = " or ".join(get_args(Outtype))
-            raise OptionError("no such type", got=self.outtype, expected=expected)
+            raise OptionError("there is no such type", got=self.outtype, expected=expected)
 
 
 class GgufFusion:
@@ -283,17 +289,20 @@ def quantised(
     """
     view = View.of(plan.source.shape, stacked=stacked(plan.changes))
     terms = load_terms(plan.changes, view)
-    base = delta = lost = gained = 0.0
-    blocks = fused_blocks(plan.source, view, terms, plan.patches, single=False, device=device)
+    known = squared_of_products(terms)
+    base, delta, lost, gained = 0.0, known or 0.0, 0.0, 0.0
+    single = single_for_quantised(view, terms)
+    blocks = fused_blocks(plan.source, view, terms, plan.patches, single=single, device=device)
     for block in blocks:
         w, total = block.base.reshape(-1), block.total.reshape(-1)
         stored = encode(total, kind)
         store(block.start, stored)
-        base += float(np.dot(w, w))
+        base += squared_norm(w)
         change = np.subtract(total, w, out=w)
-        delta += float(np.dot(change, change))
+        if known is None:
+            delta += squared_norm(change)
         error = np.subtract(decode(stored.data, kind, total.shape), total, out=total)
-        lost += float(np.dot(error, error))
+        lost += squared_norm(error)
         gained += float(np.dot(error, change))
     if not math.isfinite(base + delta + lost):
         raise not_finite(plan, kind.name)

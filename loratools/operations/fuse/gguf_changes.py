@@ -25,7 +25,8 @@ from loratools_formats.containers.gguf.model import decoded
 from loratools_formats.containers.gguf.splits import GgufModel
 from loratools_formats.contract.format import Context
 from loratools_formats.contract.registry import get_format
-from loratools_formats.core.adapter import Adapter, Layer, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import Layer, ModuleChange
 from loratools_formats.core.dtypes import DTYPES
 from loratools_formats.core.tensors import Buffer, TensorRef, in_file
 from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError

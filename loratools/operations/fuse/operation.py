@@ -30,6 +30,7 @@ from loratools.operations.fuse.plan import TensorPlan
 from loratools.operations.fuse.result import FusePreview, FuseResult
 from loratools.operations.fuse.storage import (
     caveats,
+    caveats_written,
     config_of,
     no_longer_quantised,
     plan_storage,
@@ -62,7 +63,7 @@ def refuse_nothing(plans: Iterable[TensorPlan], inputs: Sequence[FuseInput]) -> 
     """
     if not any(plan.is_touched for plan in plans):
         path = inputs[0].adapter.source if inputs else None
-        raise AdapterError("no module to fuse", path=path, got="0 modules in the adapters")
+        raise AdapterError("there is no module to fuse", path=path, got="0 modules in the adapters")
 
 
 _COMPARED = 1 << 20  # elements compared at a time
@@ -250,7 +251,8 @@ class Fusion:
         if not self.options.keeps_format:
             return no_longer_quantised(self._storage, self.options.dtype)
         changed = [self._dequantised.weights[key] for key in self._storage.encoders]
-        return [*caveats(changed), *noise(list(self.reports.values()))]
+        noisy = noise(list(self.reports.values()))
+        return [*caveats(changed), *caveats_written(changed), *noisy]
 
     def write(
         self,
@@ -266,7 +268,7 @@ class Fusion:
             output: where.
             overwrite: replace an output that exists.
             progress: called with (bytes done, bytes in all).
-            ready: folder that holds all weight files already; `reports` tells of them.
+            ready: folder that holds all weight files already; `reports` describes them.
 
         Raises:
             OutputExistsError: the output exists and `overwrite` is false.

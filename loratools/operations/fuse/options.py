@@ -24,17 +24,18 @@ class FuseOptions(Sharding, Computing):
     """How to fuse.
 
     Attributes:
-        dtype: type of all weights: f32, f16 or bf16; in a GGUF model the type of the changed
-            tensors, q8_0, q5_1, q5_0, q4_1 and q4_0 too. By default each keeps its own.
-        base_mode: for a quantised base: add to the values its codes stand for (dequant), or insist
-            on the 16-bit original.
-        requantize: store changed weights in the base's own format again, with the scales that
-            they have, or with new ones where the format allows and that is nearer.
+        dtype: type of all weights: f32, f16 or bf16; in a GGUF model, the type of the changed
+            tensors, which may also be q8_0, q5_1, q5_0, q4_1 or q4_0. By default each weight keeps
+            its own type.
+        base_mode: for a quantised base: add to the values that its codes stand for (dequant), or
+            refuse any base but the 16-bit original (original).
+        requantize: store changed weights in the base's own format, with their present scales, or
+            with new ones if the format allows it and they come nearer.
         changed_bits: store changed weights of a quantised base in this many bits of its format,
             and leave the others as they are.
         trained_on: for adapters trained on a base in four bits, as QLoRA does: nf4, fp4, nf4:double
-            or fp4:double. Linear weights of the plain base are rounded to these four bits and back
-            before anything is added.
+            or fp4:double. The linear weights of the base are rounded to these four bits and back
+            before the change is added.
         allow_lossy: write even if less than half of the change survives rounding.
     """
 
@@ -75,5 +76,7 @@ class FuseOptions(Sharding, Computing):
         if self.dtype in (None, "keep"):
             return None
         if self.dtype not in _DTYPES:
-            raise OptionError("no such type", got=self.dtype, expected=" or ".join(_DTYPES))
+            raise OptionError(
+                "there is no such type", got=self.dtype, expected=" or ".join(_DTYPES)
+            )
         return _DTYPES[self.dtype]

@@ -37,7 +37,8 @@ class Spreading:
     Attributes:
         shard: write only part I of N of the weight files; the process that completes them writes
             the rest.
-        scheduler: let workers of Dask write them, by its scheduler's address, tcp:// or tls://.
+        scheduler: let workers of Dask write the weight files; the address of the scheduler, tcp://
+            or tls://.
     """
 
     shard: Shard | None = option(None, heading="Selection", metavar="I/N", parse=shard)

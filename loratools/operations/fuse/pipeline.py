@@ -45,7 +45,7 @@ def by_folder(path: Path, inputs: Sequence[FuseInput]) -> dict[str, list[FuseInp
 
     Raises:
         AdapterError: a module is of a component that the pipeline has not.
-        UnsupportedError: it cannot be told which component an adapter is of.
+        UnsupportedError: it is not known which component an adapter belongs to.
     """
     folders = {name: FOLDERS[name] for name in component_folders(path)}
     parts: dict[str, list[FuseInput]] = {}

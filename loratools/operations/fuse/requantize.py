@@ -54,7 +54,7 @@ class Requantized:
         view = View.of(self.plan.source.shape, stacked=stacked(self.plan.changes))
         terms = load_terms(self.plan.changes, view)
         return fused_blocks(
-            self.plan.source, view, terms, self.plan.patches, single=False, device=self._device
+            self.plan.source, view, terms, self.plan.patches, single=None, device=self._device
         )
 
     def _measured(self, values: TensorRef) -> TensorReport:

@@ -166,6 +166,14 @@ class _Planner:
         bits = self._options.changed_bits
         what = "again" if bits is None else f"in {bits} bits"
         option = "requantize" if bits is None else "changed_bits"
+        if bits is not None and weight.scheme.bits == bits and weight.encoder() is not None:
+            return UnsupportedError(
+                f"a weight that has {bits} bits needs no other codes",
+                path=self._base.path,
+                tensor=weight.key,
+                got=str(weight.scheme),
+                hint="Pass `requantize=True` instead of `changed_bits`: it keeps these bits",
+            )
         return UnsupportedError(
             f"a weight of this format cannot be written {what}",
             path=self._base.path,
@@ -253,8 +261,14 @@ def caveats(weights: Iterable[CodedWeight]) -> list[Finding]:
     return [Finding("rescaled-inputs", "warning", None, text) for text in sorted(found)]
 
 
+def caveats_written(weights: Iterable[CodedWeight]) -> list[Finding]:
+    """Return what to know when weights are written in their formats again."""
+    found = {weight.caveat_written for weight in weights} - {""}
+    return [Finding("nearest-codes", "note", None, text) for text in sorted(found)]
+
+
 def no_longer_quantised(storage: Storage, dtype: str | None) -> list[Finding]:
-    """Return what is told of weights that are plain now."""
+    """Return the findings about weights that are no longer quantised."""
     dropped = storage.base.dropped
     if not dropped:
         return []

@@ -23,7 +23,8 @@ from loratools.folding.with_base import added_bias
 from loratools.kinds import get_kind
 from loratools.kinds.declaration import Product, Rows
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 

@@ -79,9 +79,8 @@ def fuse_tensor(
     terms = load_terms(plan.changes, view)
     dtype = plan.dtype.numpy_dtype()
     single = single_precision(view, terms, plan.dtype.code, base_code=plan.source.dtype.code)
-    only = None if plan.replaces else _only_products(terms)
-    base, delta, rounding = 0.0, 0.0 if only is None else _squared(only), 0.0
-    gained = 0.0
+    known = None if plan.replaces else squared_of_products(terms)
+    base, delta, rounding, gained = 0.0, known or 0.0, 0.0, 0.0
     blocks = fused_blocks(plan.source, view, terms, plan.patches, single=single, device=device)
     for block in blocks:
         w, total = block.base.reshape(-1), block.total.reshape(-1)
@@ -89,15 +88,15 @@ def fuse_tensor(
         round_into(total, stored)
         store(block.start, stored)
         old = plan.old_values(block.start, w)
-        base += _squared_norm(old)
+        base += squared_norm(old)
         change = np.subtract(total, old, out=BUFFERS.array("change", total.shape, total.dtype))
-        if only is None:
-            delta += _squared_norm(change)
-        np.subtract(stored, total, out=w, dtype=w.dtype)
-        error = _squared_norm(w)
+        if known is None:
+            delta += squared_norm(change)
+        round_into(stored, w)
+        error = squared_norm(np.subtract(w, total, out=w))
         rounding += error
-        if error > _SHOWS * _squared_norm(change):
-            gained += _product(w, change)
+        if error > _SHOWS * squared_norm(change):
+            gained += inner_product(w, change)
     if not math.isfinite(rounding + base + delta):
         raise not_finite(plan, plan.dtype.code)
     return TensorReport(
@@ -111,11 +110,13 @@ def fuse_tensor(
     )
 
 
-def _product(x: Array, y: Array) -> float:
+def inner_product(x: Array, y: Array) -> float:
+    """Return ⟨x, y⟩ of flat arrays, summed in float64."""
     return float(np.dot(x.astype(np.float64), y.astype(np.float64)))
 
 
-def _squared_norm(values: Array) -> float:
+def squared_norm(values: Array) -> float:
+    """Return ‖values‖² of a flat array, to some four digits if it is of float32."""
     found = float(np.dot(values, values))
     if _LEAST_SQUARES < found < math.inf:
         return found
@@ -123,17 +124,15 @@ def _squared_norm(values: Array) -> float:
     return float(np.dot(wide, wide))
 
 
-def _only_products(terms: list[list[Term | RowsTerm]]) -> list[Term] | None:
-    """Return the terms if their squared norms add up to that of the change, else None."""
+def squared_of_products(terms: list[list[Term | RowsTerm]]) -> float | None:
+    """Return ‖ΔW‖² from the factors; None if the terms are no products, or lie over each other."""
     found = [term for plane in terms for term in plane]
     products = [term for term in found if isinstance(term, Term) and term.is_product]
     if len(products) < len(found) or any(len(plane) > 1 for plane in terms):
         return None
-    return products
-
-
-def _squared(terms: list[Term]) -> float:
-    return sum(term.weight**2 * linalg.grams(term.left, term.right).squared_norm for term in terms)
+    return sum(
+        term.weight**2 * linalg.grams(term.left, term.right).squared_norm for term in products
+    )
 
 
 def not_finite(plan: TensorPlan, code: str) -> LoratoolsError:

@@ -17,8 +17,9 @@ import numpy as np
 from loratools.base.placement import BiasPlacement, Placement, Span
 from loratools.kinds.declaration import Rows
 from loratools.operations.fuse.streamed import StreamedPlacement
-from loratools_formats.core.adapter import LowRank
+from loratools_formats.core.change import LowRank
 from loratools_formats.core.dtypes import Array, converted
+from loratools_formats.core.orientation import OTHER_BASE
 from loratools_formats.disk.errors import AdapterError
 
 
@@ -186,6 +187,7 @@ def _streamed_term(placement: StreamedPlacement, weight: float, view: View) -> R
             tensor=placement.module,
             got=f"rows {list(rows)}, columns {list(columns)}",
             expected=f"inside {view.planes} × {view.rows} × {view.columns}",
+            hint=OTHER_BASE,
         )
     return RowsTerm(placement.module, 0, rows, columns, values, weight)
 
@@ -273,6 +275,7 @@ def _check_fit(term: Term, view: View, *, complete: bool) -> None:
             tensor=term.module,
             got=f"rows {list(term.rows)}, columns {list(term.columns)}",
             expected=f"inside {view.planes} × {view.rows} × {view.columns}",
+            hint=OTHER_BASE,
         )
 
 

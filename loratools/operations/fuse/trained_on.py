@@ -1,4 +1,4 @@
-"""Adapters trained on a base in four bits (QLoRA), and what their files tell of that.
+"""Adapters trained on a base in four bits (QLoRA), and how their files show it.
 
 Such an adapter makes up for the rounding of its base, too. On the plain base it acts on other
 weights: `--trained-on` gives it those that it was trained on.
@@ -64,7 +64,7 @@ def trained_on_notes(adapters: Iterable[Adapter]) -> Iterator[Finding]:
 
 
 def _told(adapter: Adapter) -> tuple[str, str] | None:
-    """Return what tells of four bits, and how they are spelled; None if nothing does."""
+    """Return where four bits are mentioned, and how they are spelled; None if they are not."""
     card = _card(adapter)
     if _IN_CARDS.search(card):
         found = _KIND_IN_CARDS.search(card)

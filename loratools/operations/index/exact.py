@@ -16,7 +16,7 @@ def exact_cosine(one: Adapter, other: Adapter) -> float | None:
     Modules are read one at a time. A module of another shape is none of the other's.
 
     Raises:
-        LoratoolsError: a change cannot be told.
+        LoratoolsError: a change is not known.
     """
     openers = [ThinModules(Subject.of("", each).adapter, None, "compare") for each in (one, other)]
     workspace = Workspace()

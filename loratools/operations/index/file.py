@@ -177,7 +177,9 @@ def _parsed(opened: SafetensorsFile, path: Path) -> Index:
     if METADATA_KEY not in opened.metadata:
         raise AdapterError("is no index of adapters", path=path, hint=_AGAIN)
     text = opened.metadata[METADATA_KEY].encode()
-    found: Any = strict_json.loads(text, max_depth=8, most_values=_MOST_VALUES)
+    found: Any = strict_json.loads(
+        text, max_depth=8, most_values=_MOST_VALUES, with_surrogates=True
+    )
     if (found["version"], found["scheme"]) != (VERSION, SCHEME):
         raise UnsupportedError(
             "the index is of another version",

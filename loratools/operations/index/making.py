@@ -1,6 +1,7 @@
 """`index`: one row for each adapter, in a file; rows of an earlier index are taken over.
 
-Adapters are told by the content of their files, not by times or names: an adapter that the earlier
+Adapters are identified by the content of their files, not by times or names: an adapter that the
+earlier
 index has is digested and not read again, and the file is the same as one made from nothing.
 """
 
@@ -65,7 +66,7 @@ def make_index(
 
     Args:
         paths: where they lie.
-        folder: of the index, from which paths are told.
+        folder: of the index, to which paths are relative.
         read: opens an adapter.
         earlier: an index whose rows may be taken over.
         workers: threads over modules; results do not depend on it.
@@ -73,7 +74,7 @@ def make_index(
 
     Raises:
         OptionError: no adapters, or one given twice.
-        LoratoolsError: none could be read; the first one's reason.
+        LoratoolsError: none could be read; the reason for the first.
     """
     named = {_relative(path, folder): path for path in paths}
     if not named:
@@ -138,7 +139,7 @@ def _batches(names: Sequence[str]) -> Iterator[Sequence[str]]:
 
 
 def _relative(path: Path, folder: Path) -> str:
-    """Return a path as it is told from the folder of the index; in the Hub's cache a reference."""
+    """Return a path relative to the index's folder; for a file in the Hub's cache, a reference."""
     place = cached_place(path)
     if place is not None:
         return place.reference

@@ -34,7 +34,7 @@ class SearchOptions:
 
     Attributes:
         top: number of neighbours to list.
-        exact: compare the candidates themselves, where they are as the index knows them.
+        exact: compare candidates exactly if they have not changed since they were indexed.
 
     Raises:
         OptionError: a number out of range.
@@ -54,9 +54,9 @@ class DedupOptions:
     """What counts as a duplicate.
 
     Attributes:
-        threshold: cosine from which two adapters are near-duplicates.
-        same_start: cosine of the A factors from which two adapters began alike.
-        exact: compare the candidates themselves, where they are as the index knows them.
+        threshold: the least cosine at which two adapters are near-duplicates.
+        same_start: the least cosine of A factors at which two adapters had the same start.
+        exact: compare candidates exactly if they have not changed since they were indexed.
 
     Raises:
         OptionError: a number out of range.

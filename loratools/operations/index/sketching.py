@@ -18,7 +18,8 @@ from loratools.folding.thin_modules import ThinModules
 from loratools.operations.compare.names import in_common_names
 from loratools.operations.index.file import Entry, Row
 from loratools.work.parallel import in_order
-from loratools_formats.core.adapter import Adapter, LowRank
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import LowRank
 from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import AdapterError, LoratoolsError
 

@@ -7,15 +7,13 @@ module is: its shape, layer kind and, for square weights, which way round it is 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from loratools_formats.contract.commands import command_on
-from loratools_formats.core.adapter import (
-    Adapter,
-    LowRank,
-    ModuleChange,
-)
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.orientation import exchanged
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 
@@ -77,26 +75,32 @@ def align(
     """
     if not force_base:
         _check_bases(inputs)
-    names = sorted({name for item in inputs for name in item.adapter.modules})
+    owners = Counter(name for item in inputs for name in item.adapter.modules)
+    names = sorted(owners)
     if not names:
         raise AdapterError("the adapters have no modules to merge", path=inputs[0].adapter.source)
     for item in inputs if len(inputs) > 1 and not allow_missing else ():
-        _check_names_meet(item, inputs)
+        _check_names_meet(item, owners)
     modules = [_aligned(name, inputs) for name in names if name not in leave]
     _check_weights({module.name for module in modules if module.needs_base}, inputs)
     return modules
 
 
-def _check_names_meet(item: MergeInput, inputs: Sequence[MergeInput]) -> None:
+def _check_names_meet(item: MergeInput, owners: Mapping[str, int]) -> None:
     """Refuse an adapter whose names hardly meet the others': they may be other spellings.
 
     One that adapts part of what the others do is ordinary.
+
+    Args:
+        item: the adapter.
+        owners: how many of all adapters have a module.
     """
     own = set(item.adapter.modules)
-    others = {n for other in inputs if other is not item for n in other.adapter.modules}
-    shared = own & others
-    if own and 2 * len(shared) >= min(len(own), len(others)):
+    shared = {name for name in own if owners[name] > 1}
+    count = len(owners) - len(own) + len(shared)  # of modules that the others have
+    if own and 2 * len(shared) >= min(len(own), count):
         return
+    others = owners.keys() - (own - shared)
     few = f"only {len(shared)} of its {len(own)} modules" if shared else "no module"
     raise AdapterError(
         f"an adapter shares {few} with the others",

@@ -9,7 +9,7 @@ import numpy as np
 from loratools.lowrank.planned import PlannedFactors
 from loratools.operations.merge.align import AlignedModule
 from loratools.operations.merge.module import MergedModule
-from loratools_formats.core.adapter import LowRank
+from loratools_formats.core.change import LowRank
 from loratools_formats.core.dtypes import Array, DType, common_dtype, encode, is_power_of_two
 from loratools_formats.core.tensors import TensorRef, in_memory
 from loratools_formats.disk.errors import AdapterError, UnsupportedError

@@ -27,10 +27,11 @@ def refuse_replaced_modules(inputs: Sequence[MergeInput]) -> None:
     Raises:
         AdapterError: there is such a tensor.
     """
+    changed = {name for item in inputs for name in item.adapter.modules}
     for item in inputs:
-        changed = {n for other in inputs for n in other.adapter.modules} - set(item.adapter.modules)
         for key, replacement in item.adapter.replacements.items():
-            if replacement.target.rpartition(".")[0] in changed:
+            module = replacement.target.rpartition(".")[0]
+            if module in changed and module not in item.adapter.modules:
                 raise AdapterError(
                     "one adapter replaces a tensor of a module that another changes by factors",
                     path=item.adapter.source,

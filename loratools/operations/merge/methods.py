@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from loratools.work.spellings import share
 from loratools_formats.contract.plugins import Plugin, load_group
 from loratools_formats.disk.errors import OptionError
 
@@ -101,7 +102,7 @@ def _converted(label: str, value: Any, hint: Any) -> Any:
             return {"true": True, "false": False}[str(value).lower()]
         if kind is int and float(value) != int(value):
             raise ValueError
-        result = kind(value)
+        result = share(value) if kind is float and isinstance(value, str) else kind(value)
         if kind is float and not math.isfinite(result):
             raise ValueError
     except (ValueError, TypeError, KeyError, OverflowError) as error:
@@ -127,18 +128,24 @@ def registered_methods() -> tuple[MethodEntry, ...]:
     return tuple(sorted(entries, key=lambda e: 3 if e.method is None else order[e.method.kind]))
 
 
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_")
+
+
 def get_method(name: str) -> Method:
-    """Return the method registered as `name`.
+    """Return the method registered as `name`, in capital or small letters.
 
     Raises:
         OptionError: there is none, it is broken, or two packages claim the name.
     """
-    found = [entry for entry in registered_methods() if entry.name == name]
+    entries = registered_methods()
+    found = [entry for entry in entries if entry.name == name]
+    found = found or [entry for entry in entries if _plain(entry.name) == _plain(name)]
     if len(found) > 1:
         packages = ", ".join(entry.package for entry in found)
         raise OptionError(f"method {name!r} is registered by several packages: {packages}")
     if not found:
-        known = [entry.name for entry in registered_methods()]
+        known = [entry.name for entry in entries]
         close = difflib.get_close_matches(name, known, n=1)
         raise OptionError(
             f"no merge method named {name!r}",

@@ -37,7 +37,7 @@ from loratools.operations.merge.tasks import (
     ZeroRows,
 )
 from loratools.work.seeds import seed_of_matrix
-from loratools_formats.core.adapter import ModuleChange
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 

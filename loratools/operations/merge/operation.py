@@ -34,6 +34,7 @@ from loratools.operations.merge.extras import (
     merged_additions,
     refuse_replaced_modules,
 )
+from loratools.operations.merge.formats import in_one_format
 from loratools.operations.merge.methods import Method, get_method
 from loratools.operations.merge.module import MergedModule, ModuleMethod, merged_module
 from loratools.operations.merge.naming import in_one_naming
@@ -62,7 +63,8 @@ from loratools.work.regexes import is_found
 from loratools.work.scratch import Scratch
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.registry import get_format
-from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.dtypes import Array, common_dtype
 from loratools_formats.core.metadata import merged_from
 from loratools_formats.disk.errors import OptionError
@@ -104,7 +106,7 @@ def merge(
     options = replace(options, parameters=method.checked(options.parameters))
     inputs, dropped = without_weight(inputs, options)
     inputs = in_one_naming([_folded(item, scratch_folder) for item in inputs])
-    named, inputs = inputs, in_one_spelling(inputs, base)
+    named, inputs = inputs, in_one_spelling(in_one_format(inputs, base), base)
     pairs = [(x.adapter.findings, y.adapter.findings) for x, y in zip(named, inputs, strict=True)]
     told = tuple(each for before, after in pairs for each in after[len(before) :])
     _check(inputs, options, method)

@@ -69,10 +69,10 @@ class Parameters:
 
     Attributes:
         density: share of entries kept.
-        lambda_: factor of the result.
-        majority_sign: how signs vote.
-        flavor: whose definition, where they differ.
-        normalize: divide linear's sum by the sum of weights.
+        lambda_: a factor by which the result is multiplied.
+        majority_sign: how the sign of an entry is elected: by total or by frequency.
+        flavor: the author or program whose definition of the method is used, where they differ.
+        normalize: divide the result of `linear` by the sum of the weights.
         set_: any parameter of the method.
     """
 
@@ -110,13 +110,15 @@ class MergeOptions:
             theirs, and elementwise methods get the largest rank of the inputs.
         compute: how to compute and store.
         dropping: which modules leave the adapters.
-        space: where elementwise methods work: on full weights, or in the space that the factors
-            share (core): cheap, of low rank, and another method than on full weights.
+        space: where elementwise methods work: on full weights (full), or in the space that the
+            factors share (core), which is cheap, of low rank, and another method than on full
+            weights.
         overrides: weights in modules whose path matches, one for all adapters or one each; the
             first match decides.
-        replacements: settle clashing saved modules: first, average or an adapter's name.
-        linear_differences: add up full differences, and what is added to biases and norms, by their
-            weights, though the method is no weighted sum.
+        replacements: which saved module to take where adapters differ: first, average or an
+            adapter's name.
+        linear_differences: add up full differences, and changes of biases and norms, by their
+            weights, although the method is not a weighted sum.
         force_base: merge adapters that name different base models.
         allow_missing: merge adapters that share few modules or none; what one lacks counts as zero.
     """

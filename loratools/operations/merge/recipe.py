@@ -1,4 +1,4 @@
-"""A merge as a file: YAML that says all of it, so that it can be repeated byte for byte.
+"""A merge as a file: YAML with all its settings, so that it can be repeated byte for byte.
 
     version: 1
     method: ties
@@ -56,7 +56,7 @@ class RecipeFiles:
 
     Attributes:
         recipe: take all settings from a file.
-        save_recipe: also write them there.
+        save_recipe: also write all settings to this file.
     """
 
     recipe: Path | None = option(None, heading="Input", reference="file")

@@ -1,4 +1,4 @@
-"""Modules to which no adapter contributes, since its weight is 0 there: they leave the result.
+"""Modules to which no adapter contributes, since all weights are 0 there: they are left out.
 
 Those that a weight pattern silences leave before their values are looked at, so that a module of
 NaN, or of a kind that cannot be merged, hinders nothing.
@@ -105,9 +105,7 @@ def _is_silenced(name: str, options: MergeOptions) -> bool:
 
 def nothing_left() -> OptionError:
     """Return the refusal of a merge in which no adapter has a weight."""
-    return OptionError(
-        "nothing is left: the weight of every adapter is 0 in every module that it has"
-    )
+    return OptionError("nothing would be left: the weight of every adapter is 0 in all its modules")
 
 
 def says_nothing(weights: Array) -> bool:

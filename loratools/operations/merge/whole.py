@@ -21,7 +21,8 @@ from loratools.lowrank.resize import rounded
 from loratools.operations.merge.align import MergeInput
 from loratools.operations.merge.module import pairs_of
 from loratools.work.scratch import Scratch
-from loratools_formats.core.adapter import Adapter, KindDelta, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import KindDelta, ModuleChange
 from loratools_formats.core.dtypes import Array, common_dtype
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError

@@ -1,1 +1,1 @@
-"""Adapters without what their spectra find fault with: intruders, dead modules, imbalance."""
+"""Adapters without the faults that their spectra show: intruders, dead modules, imbalance."""

@@ -43,7 +43,8 @@ from loratools.work.scratch import Scratch
 from loratools.work.selection import Selection
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.commands import command_on
-from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.dtypes import Array, encode
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 from loratools_formats.disk.provenance import with_record

@@ -1,4 +1,4 @@
-"""What `repair` can be asked for, and what it returns."""
+"""The options of `repair`, and its result."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class RepairOptions:
     Attributes:
         intruders: how intruder dimensions are found.
         keep_intruders: leave intruder dimensions as they are.
-        shrink: what singular values of intruder dimensions are multiplied by.
-        keep_every_rank: let ranks grow by the edits, which loses rounding only.
+        shrink: the factor by which singular values of intruder dimensions are multiplied.
+        keep_every_rank: let the edits increase ranks, so that only rounding is lost.
         drop_dead: drop modules whose norm is below 1e-6 of the median.
         rebalance: balance factors whose norms differ by more than 1000 times.
 

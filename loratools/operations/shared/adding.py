@@ -29,7 +29,8 @@ from loratools.work.scratch import Scratch
 from loratools.work.typed import check_options
 from loratools_formats.contract.commands import command_on
 from loratools_formats.contract.shared_set import Part, SharedModule, SharedSet, parsed
-from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef, unmade
 from loratools_formats.disk.errors import AdapterError, OptionError
@@ -40,8 +41,8 @@ class AddOptions:
     """How to add an adapter.
 
     Attributes:
-        name: what the new member goes by; by default its file or folder's name.
-        group: the group whose bases it gets; by default those that lose least of it.
+        name: the name of the new member; by default that of its file or folder.
+        group: the group that it joins; by default the one whose bases lose least of it.
         force_base: add an adapter that names another base model.
     """
 

@@ -17,7 +17,8 @@ from loratools.operations.convert.operation import prepare
 from loratools.work.scratch import Scratch
 from loratools_formats.contract.commands import command_on
 from loratools_formats.contract.shared_set import Member, is_shared_set, possible_name
-from loratools_formats.core.adapter import Adapter, LowRank
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import LowRank
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
@@ -62,7 +63,8 @@ def entrant(name: str, adapter: Adapter, scratch_folder: Path | None) -> Entrant
     for module, change in plain.modules.items():
         if change.is_dora:
             raise UnsupportedError(
-                "a DoRA depends on the base's weights, and has no core in a shared basis",
+                "the change of a DoRA depends on the base's weights, so it has no core in a "
+                "shared basis",
                 path=adapter.source,
                 tensor=module,
                 hint="Make it a plain LoRA first: "

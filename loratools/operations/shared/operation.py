@@ -109,7 +109,7 @@ class _Share:
         rule.check_patterns(fleet.modules)
         if fleet.options.cores == "diagonal" and (rule.energy or rule.sv_fro):
             raise OptionError(
-                "energy tells what full cores keep, and diagonal ones keep less",
+                "the energy rule holds for full cores only, and diagonal ones keep less",
                 hint="Use `rank` or `budget`",
             )
 

@@ -46,10 +46,10 @@ class ShareOptions:
     Attributes:
         cores: full (JD-Full), diagonal (JD-Diag) or principal (full cores in the leading principal
             directions, without iterations).
-        clusters: number of groups with bases of their own; auto takes the number with which
-            the `budget` keeps most, or keeping the `energy`, else 90%, takes the fewest bytes.
-        weigh: what counts alike in the error to minimise: each adapter's relative error, that of
-            each of its modules, or the error itself (norm).
+        clusters: number of groups, each with its own bases; auto chooses the number that keeps most
+            within the `budget`, or that keeps the `energy` (90% by default) in the fewest bytes.
+        weigh: the error to minimise: the sum over each adapter's relative error (adapter), over
+            that of each module (module), or the error itself (norm).
         force_base: share adapters that name different base models.
         allow_missing: share adapters that have few modules in common or none.
 

@@ -25,7 +25,8 @@ from loratools.work.provenance import operation_record, record_metadata
 from loratools.work.scratch import Scratch
 from loratools.work.typed import check_options
 from loratools_formats.contract.shared_set import Member, Part, SharedModule, SharedSet, parsed
-from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import OptionError
 from loratools_formats.disk.provenance import with_record
@@ -77,7 +78,7 @@ def chosen(shelf: Adapter, options: TakeOptions) -> list[str]:
     names, everyone = options.names, options.everyone
     if everyone == bool(names):
         raise OptionError(
-            "which adapters to take is said twice"
+            "the adapters to take are named twice"
             if everyone
             else "no adapter of the set is named",
             expected="names, or `all=True`",
@@ -86,7 +87,7 @@ def chosen(shelf: Adapter, options: TakeOptions) -> list[str]:
     for name in names:
         if name not in members:
             raise OptionError(
-                "the set has no such adapter", got=name, hint=f"It holds {_listed(members)}"
+                "the set holds no such adapter", got=name, hint=f"It holds {_listed(members)}"
             )
     return [name for name in members if everyone or name in names]
 

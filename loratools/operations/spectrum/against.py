@@ -44,7 +44,9 @@ def read_references(folder: Path, adapter: Adapter) -> tuple[list[Adapter], list
         try:
             found.append(read_adapter(child))
         except UnknownFormatError:
-            message = f"{child.name} in {folder} is no adapter and is not compared with"
+            message = (
+                f"{child.name} in {folder} is not an adapter, and is left out of the comparison"
+            )
             others.append(Finding("no-reference", "note", child.name, message))
     if len(found) < LEAST_REFERENCES:
         raise AdapterError(

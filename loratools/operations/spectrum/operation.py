@@ -63,7 +63,7 @@ def spectrum(
         progress: called with (modules done, modules in all).
 
     Raises:
-        UnsupportedError: a change depends on the base, or cannot be told.
+        UnsupportedError: a change depends on the base, or is not known.
         AdapterError: no modules, none selected, or tensors that do not fit.
     """
     adapter = in_base_layout(adapter, base)

@@ -15,7 +15,8 @@ class SpectrumOptions:
     """What to measure besides the spectra.
 
     Attributes:
-        set_: what the change depends on and neither the file nor the base's config.json tells.
+        set_: a value that the change depends on, and that neither the file nor the base's
+            config.json holds.
         entries: also stream every entry of ΔW, for the kurtosis of each module.
         against: score every module by z-score among the adapters in this folder.
     """

@@ -16,7 +16,7 @@ from loratools.lowrank.resize import ComputeOptions, Resizer
 from loratools.operations.ranked import planned_nbytes
 from loratools.operations.spectrum.result import Suggestion
 from loratools.work.scratch import Scratch
-from loratools_formats.core.adapter import ModuleChange
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.disk.errors import UnsupportedError
 
 Size = Callable[[Mapping[str, int]], int]

@@ -90,7 +90,7 @@ def opened(url: str) -> tuple[Any, str]:
 def listed(url: str, output: str | None = None) -> list[str]:
     """Return the addresses of the adapters that one names: itself, its matches, or all below it.
 
-    As here, names that begin with a dot are passed over, which marks of a fleet have.
+    Names that begin with a dot are skipped, as on the disk; the marks of a fleet have such names.
 
     Args:
         url: an address.
@@ -230,7 +230,7 @@ class Fetched:
         for place, info in sorted(found.items()):
             inside = place[len(self._root) :].strip("/")
             if any(part in ("", ".", "..") for part in inside.split("/")) and inside:
-                raise AdapterError("an object's name is no path", path=self._url, got=place)
+                raise AdapterError("the name of an object is not a path", path=self._url, got=place)
             tag = next((str(info[key]) for key in _TAGS if info.get(key)), None)
             nbytes = int(info.get("size") or 0)
             mark = None if tag is None else f"{tag.strip(chr(34))} {nbytes}"

@@ -57,7 +57,7 @@ def is_current(
     others: Mapping[str, Path],
     made_ns: int | None,
 ) -> bool:
-    """Return whether a statement tells of just the output that a call would make now.
+    """Return whether a statement describes exactly the output that a call would make now.
 
     Args:
         found: what the statement says.

@@ -49,7 +49,7 @@ class Manifest:
         self._read()
 
     def remembered(self, outcome: Outcome) -> Outcome:
-        """Return an outcome with what an earlier line tells of the same output."""
+        """Return an outcome, completed by an earlier line about the same output."""
         before = self._before.get(outcome.name)
         is_same = before is not None and before.key == outcome.key is not None
         if before is None or not is_same or outcome.result is not None:
@@ -94,7 +94,7 @@ class Manifest:
                 told = json.loads(line)
                 outcome = Outcome.of_line(told)
                 seen = {k: (str(mark), str(sha)) for k, (mark, sha) in (outcome.seen or {}).items()}
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 continue  # of another version, or cut short: it decides nothing
             if told.get("schema") == SCHEMA:
                 self._lines[outcome.name] = told

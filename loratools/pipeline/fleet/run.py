@@ -42,14 +42,14 @@ class Fleeting:
     Attributes:
         output: folder of results, or an address such as s3://bucket/folder or
             hf://buckets/user/name.
-        shard: take only part I of N, as every process of a batch takes its own; by default what
-            SLURM's arrays and indexed Jobs of Kubernetes say in the environment.
+        shard: take only part I of N; every process of a batch takes another. By default the part
+            that SLURM's arrays and indexed Jobs of Kubernetes state in the environment.
         workers: processes here, 1 to 64; by default the cores that may be used, or 1 without Dask.
-        scheduler: let workers of Dask do it, by its scheduler's address, tcp:// or tls://.
+        scheduler: let workers of Dask do the work; the address of the scheduler, tcp:// or tls://.
         memory_limit: memory of each process here, such as 4GB; one that takes more is stopped.
         fail_fast: stop at the first adapter that fails.
         overwrite: replace outputs that another run made, of other inputs or with other options.
-        dry_run: list what would be done.
+        dry_run: list what would be done, but do nothing.
 
     Raises:
         OptionError: a number out of range.
@@ -123,8 +123,9 @@ def fleet(
 ) -> FleetResult:
     """Run one operation over many adapters, here, in shards or on a cluster, resumed by content.
 
-    An adapter is passed over if its output is there and its statement tells of the same inputs,
-    options and version. So a run may be stopped and started again, and several may run at once.
+    An adapter is skipped if its output exists and the output's statement names the same inputs,
+    options and version. A run can therefore be stopped and started again, and several can run at
+    once.
 
     >>> import tempfile
     >>> import loratools as lt
@@ -138,14 +139,15 @@ def fleet(
         verb: check, convert, dequantize, extract, fuse, info, quantize, repair, spectrum, squeeze,
             to-dora, to-lora or verify.
         sources: adapters: paths, wildcards, folders, lists in files, hf://organisation/*.
-        settings: the operation's other inputs and its options, as its function has them.
+        settings: the operation's other inputs and its options, as keyword arguments of its
+            function.
         progress: called with (adapters done, adapters in all).
 
     Raises:
-        OptionError: no such operation or option, or no output for what makes one.
+        OptionError: no such operation or option, or no output for an operation that makes one.
         AdapterError: wildcards match nothing.
         MissingFileError: an adapter is not there.
-        MissingDependencyError: several processes are wanted without Dask.
+        MissingDependencyError: several processes need Dask, which is not installed.
     """
     count = [0]
 
@@ -282,9 +284,11 @@ class Plan:
                     break
         finally:
             running.close()
-            if manifest is not None:
-                manifest.write(ended, names)
-            self._end(first=mine)
+            try:
+                if manifest is not None:
+                    manifest.write(ended, names)
+            finally:
+                self._end(first=mine)
 
     def _begin(self) -> bool:
         """Return whether this launcher is the first at this shard, as far as marks tell."""

@@ -1,6 +1,6 @@
 """Which adapters a fleet is of: paths, wildcards, lists, and the Hub's organisations and shelves.
 
-The order is that of names, and each name is one output: every process that is told the same finds
+The order is that of names, and each name is one output: every process with the same arguments finds
 the same list.
 """
 
@@ -90,7 +90,7 @@ def sources(texts: Sequence[str]) -> list[str]:
     given = _given(texts, "adapter", None)
     if given.distant:
         raise OptionError(
-            "adapters in an object store are not taken together",
+            "adapters in an object store cannot be read together",
             got=next(iter(given.distant)),
             hint="Copy them to a folder here first",
         )
@@ -193,7 +193,7 @@ def _outside(folder: str | None, text: str, found: list[str]) -> list[str]:
     is_pattern = is_explicit(text) and glob.has_magic(text)
     if found and not left and (is_pattern or _place(text) != folder):
         raise OptionError(
-            "what is given lies in the folder of outputs",
+            "an input lies in the folder of outputs",
             got=f"{text} in {folder}",
             hint="Give another `output`",
         )

@@ -2,7 +2,7 @@
 
 Outputs are whole or not there. In a folder the operations see to that. An object store shows each
 file whole, and the statement comes last and only if none is there: an output without its statement
-is not done, and of two launchers one is told that the other was first.
+is not done, and the second of two launchers gets an error.
 """
 
 from __future__ import annotations
@@ -20,17 +20,23 @@ from loratools.pipeline.fleet.addresses import address, opened, without_scheme
 from loratools.work.digests_of import digest_like
 from loratools_formats.disk.errors import (
     LoratoolsError,
+    MissingFileError,
     OutputError,
     OutputExistsError,
 )
-from loratools_formats.disk.provenance import PROVENANCE_FILE
+from loratools_formats.disk.files import read_small_file
+from loratools_formats.disk.provenance import (
+    MOST_STATEMENT_BYTES,
+    PROVENANCE_FILE,
+    parsed_statement,
+)
 from loratools_formats.disk.renames import rename_new
-from loratools_formats.disk.strict_json import StrictJsonError, loads
 from loratools_formats.disk.temporaries import temporary_beside, temporary_folder
 
 Made = TypeVar("Made")
 
-_MOST_DEPTH = 64
+_MOST_BYTES = 1 << 30
+"""Of a manifest or a report: some hundred thousand lines."""
 _MOST_TRIES = 100
 OWN = ".loratools-fleet"
 """Folder of marks among the outputs; it is gone when nothing runs."""
@@ -78,7 +84,11 @@ class Store(ABC):
 
     @abstractmethod
     def read(self, name: str) -> bytes | None:
-        """Return a small file; None if it is not there."""
+        """Return a small file; None if it is not there.
+
+        Raises:
+            LoratoolsError: something else is there, or it cannot be read.
+        """
 
     @abstractmethod
     def write(self, name: str, data: bytes, *, new: bool = False) -> bool:
@@ -122,8 +132,8 @@ class Folder(Store):
             return None
         try:
             made_ns = place.stat().st_mtime_ns
-            found = _parsed(place.read_bytes())
-        except OSError:
+            found = _parsed(read_small_file(place, MOST_STATEMENT_BYTES), str(place))
+        except (OSError, LoratoolsError):
             return None
         return None if found is None else (found, made_ns)
 
@@ -161,8 +171,8 @@ class Folder(Store):
     def read(self, name: str) -> bytes | None:
         """Return a small file; None if it is not there."""
         try:
-            return (self.path / name).read_bytes()
-        except OSError:
+            return read_small_file(self.path / name, _MOST_BYTES)
+        except MissingFileError:
             return None
 
     def write(self, name: str, data: bytes, *, new: bool = False) -> bool:
@@ -213,7 +223,7 @@ class Remote(Store):
         """Return what is said of an output that is there, and when it was, if known."""
         for place in (f"{name}/{PROVENANCE_FILE}", f"{name}.{PROVENANCE_FILE}"):
             data = self.read(place)
-            found = None if data is None else _parsed(data)
+            found = None if data is None else _parsed(data, self.shown(place))
             if found is not None:
                 return found, None
         return None
@@ -273,7 +283,7 @@ class Remote(Store):
 
     def _appeared(self, name: str) -> OutputExistsError:
         return OutputExistsError(
-            "another run has made the output meanwhile, or has begun to and was stopped",
+            "another run has made the output meanwhile, or was stopped while making it",
             path=self.shown(name),
             hint="Pass `overwrite=True` once no other run puts it",
         )
@@ -341,14 +351,13 @@ def _begun(name: str) -> str:
     return f"{OWN}/begun/{name}"
 
 
-def _parsed(data: bytes) -> dict[str, Any] | None:
+def _parsed(data: bytes, place: str) -> dict[str, Any] | None:
     """Return a statement's predicate; None if it is not sound."""
     try:
-        found = loads(data, max_depth=_MOST_DEPTH)
-    except StrictJsonError:
+        found = parsed_statement(data, place)
+    except LoratoolsError:
         return None
-    predicate = found.get("predicate") if isinstance(found, dict) else None
-    return {**predicate, "subject": found.get("subject")} if isinstance(predicate, dict) else None
+    return {**found["predicate"], "subject": found["subject"]}
 
 
 def _written_beside(place: Path, data: bytes) -> Path:

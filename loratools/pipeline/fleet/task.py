@@ -1,4 +1,4 @@
-"""One adapter of a fleet: passed over if it is done, made else, and told of in one record."""
+"""One adapter of a fleet: skipped if it is done, made otherwise, and reported in one record."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from loratools.pipeline.fleet.verbs import get_verb
 from loratools.work.call import Call
 from loratools.work.memory import keep_memory
 from loratools_formats.disk.errors import (
+    AdapterError,
     HubError,
     LoratoolsError,
     OutputError,
@@ -107,12 +108,25 @@ class Outcome:
 
         Raises:
             KeyError: it lacks something.
+            TypeError: something in it is of another type than in ours.
         """
+        for one in fields(cls):
+            if not isinstance(line[one.name], _LINE[one.name]):
+                raise TypeError(f"{one.name} is of the wrong type")
         return cls(**{one.name: line[one.name] for one in fields(cls)})
 
 
+_WORDS = (str, type(None))
+_LINE: dict[str, type | tuple[type, ...]] = {
+    "name": str, "source": str, "output": _WORDS, "state": str, "key": _WORDS, "digest": _WORDS,
+    "result": (dict, type(None)), "error": _WORDS, "retried": _WORDS, "seconds": (int, float),
+    "seen": (dict, type(None)),
+}  # fmt: skip
+"""Types of what a line of a manifest tells, as JSON has them."""
+
+
 def run_task(task: Task) -> Outcome:
-    """Do one adapter, and return what became of it; whatever fails is told, not raised.
+    """Do one adapter, and return what became of it; a failure is returned, not raised.
 
     An error that is no fault of the input is met with a second try.
     """
@@ -165,6 +179,9 @@ def _told(error: BaseException) -> str:
         return str(error)
     if isinstance(error, MemoryError):
         return "out of memory"
+    if isinstance(error, OSError) and error.strerror:
+        where = "" if error.filename is None else f"{printable(error.filename, 500)}: "
+        return f"{where}{error.strerror}"
     return f"{type(error).__name__}: {printable(error, 500)}"
 
 
@@ -217,7 +234,7 @@ class _Work:
         """Return the outcome of what was done before, with what its report tells if it is one."""
         told: dict[str, Any] | None = None
         if not self._is_file and self._store is not None:
-            told = json.loads(self._store.read(self._name) or b"{}")
+            told = _of_report(self._store.read(self._name), self._store.shown(self._name))
         state: State = "found" if told and told.get("passed") is False else "done"
         return self._outcome(state, said, told, begun)
 
@@ -240,7 +257,7 @@ class _Work:
         if not overwrite and self._store.exists(self._name, self._claim()):
             what = "output" if self._is_file else "report"
             raise OutputExistsError(
-                f"the {what} is of other inputs, options or another version",
+                f"the {what} was made from other inputs, with other options or by another version",
                 path=self._store.shown(self._name),
                 hint="Pass `overwrite=True` to make it anew",
             )
@@ -351,6 +368,16 @@ class _Work:
         digests = digests_read(said, self._verb.item)
         found = {name: (mark, digests.get(name, "")) for name, mark in marks.items()}
         return found if any(digest for _, digest in found.values()) else None
+
+
+def _of_report(data: bytes | None, place: str) -> dict[str, Any]:
+    try:
+        told = json.loads(data or b"{}")
+    except (ValueError, RecursionError):
+        told = None
+    if not isinstance(told, dict):
+        raise AdapterError("is no report of loratools", path=place)
+    return told
 
 
 @functools.lru_cache(maxsize=4)

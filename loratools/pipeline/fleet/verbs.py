@@ -186,7 +186,7 @@ def get_verb(name: str) -> Verb:
     """
     found = VERBS.get(name.replace("_", "-"))
     if found is None:
-        raise OptionError("fleets have no such operation", got=name, expected=", ".join(VERBS))
+        raise OptionError("`fleet` has no such operation", got=name, expected=", ".join(VERBS))
     return found
 
 

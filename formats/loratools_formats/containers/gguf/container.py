@@ -21,7 +21,8 @@ from loratools_formats.containers.gguf.cursor import ARRAY, LAYOUTS, STRING, VAL
 from loratools_formats.containers.gguf.ggml_types import TYPES, GgmlType
 from loratools_formats.core.tensors import Buffer
 from loratools_formats.disk.errors import AdapterError
-from loratools_formats.disk.files import RegularFile, refuse_lfs_pointer
+from loratools_formats.disk.files import RegularFile
+from loratools_formats.disk.first_bytes import FETCH_AGAIN, refuse_other_file
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
@@ -182,13 +183,16 @@ def read_gguf(path: str | os.PathLike[str]) -> GgufFile:
 
 
 def _read(file: RegularFile) -> GgufFile:
+    refuse_other_file(bytes(file.read_at(0, min(file.nbytes, 512))), file.nbytes, file.path)
     if file.nbytes < 24:
         raise AdapterError(
-            "truncated GGUF header", got=f"{file.nbytes} bytes", expected="at least 24"
+            "truncated GGUF header",
+            got=f"{file.nbytes} bytes",
+            expected="at least 24",
+            hint=FETCH_AGAIN,
         )
     cursor = Cursor(file, 0)
     start = cursor.take(24)
-    refuse_lfs_pointer(start, file.path)
     if not start.startswith(MAGIC):
         raise AdapterError("is not a GGUF file", got=f"a start of {start[:8]!r}")
     version, tensor_count, key_count = struct.unpack("<IQQ", start[4:])
@@ -198,6 +202,9 @@ def _read(file: RegularFile) -> GgufFile:
             "GGUF file is big-endian" if swapped else "GGUF version is not supported",
             got=version,
             expected="2 or 3, little-endian",
+            hint="Turn a copy of it, with the gguf package: gguf-convert-endian COPY little"
+            if swapped
+            else None,
         )
     _check_count("keys", key_count, _MAX_KEYS, _SMALLEST_KEY_BYTES, cursor)
     _check_count("tensors", tensor_count, _MAX_TENSORS, _SMALLEST_TENSOR_BYTES, cursor)

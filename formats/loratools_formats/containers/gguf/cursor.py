@@ -10,6 +10,7 @@ from typing import Any
 
 from loratools_formats.disk.errors import AdapterError
 from loratools_formats.disk.files import RegularFile
+from loratools_formats.disk.first_bytes import FETCH_AGAIN
 
 _WINDOW_BYTES = 1 << 20
 
@@ -61,6 +62,7 @@ class Cursor:
                     path=self._file.path,
                     got=f"{self.remaining} bytes left",
                     expected=nbytes,
+                    hint=FETCH_AGAIN,
                 )
             self._refill(nbytes)
             end = nbytes

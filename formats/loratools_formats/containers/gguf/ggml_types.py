@@ -1,7 +1,8 @@
 """The element types of GGUF files, and their values as arrays.
 
 Source: `enum ggml_type` and the block structs of ggml; a test compares with `GGML_QUANT_SIZES` of
-gguf-py. Quantised types are decoded and encoded by the `gguf` package, which is imported only then.
+gguf-py. Q8_0 has a file of its own here. Other quantised types are decoded and encoded by the
+`gguf` package, which is imported only then.
 """
 
 from __future__ import annotations
@@ -76,9 +77,13 @@ def decode(data: Buffer, kind: GgmlType, shape: tuple[int, ...]) -> Array:
         return dtypes.decode(data, DTYPES[kind.name], shape)
     import numpy as np
 
+    blocks = np.frombuffer(data, dtype=np.uint8).reshape(-1, kind.block_nbytes)
+    if kind.name == "Q8_0":
+        from loratools_formats.containers.gguf import q8_0
+
+        return q8_0.decode(blocks).reshape(shape)
     gguf = package()
     code = gguf.GGMLQuantizationType(kind.code)
-    blocks = np.frombuffer(data, dtype=np.uint8).reshape(-1, kind.block_nbytes)
     values = np.empty((len(blocks), kind.block), np.float32)
     _in_pieces(gguf.quants.dequantize, blocks, code, values, f"{kind.name} cannot be decoded")
     return values.reshape(shape)
@@ -111,9 +116,13 @@ def encode(values: Array, kind: GgmlType) -> Array:
 
     if kind.is_float:
         return dtypes.encode(values, DTYPES[kind.name]).reshape(-1).view(np.uint8)
+    blocks = np.ascontiguousarray(values, dtype=np.float32).reshape(-1, kind.block)
+    if kind.name == "Q8_0":
+        from loratools_formats.containers.gguf import q8_0
+
+        return q8_0.encode(blocks).reshape(-1)
     gguf = package()
     code = gguf.GGMLQuantizationType(kind.code)
-    blocks = np.ascontiguousarray(values, dtype=np.float32).reshape(-1, kind.block)
     stored = np.empty((len(blocks), kind.block_nbytes), np.uint8)
     _in_pieces(gguf.quants.quantize, blocks, code, stored, f"{kind.name} cannot be encoded")
     return stored.reshape(-1)

@@ -191,6 +191,13 @@ _EXPERTS = {
     "mlp.experts.gate_up_proj": Module(("ffn_gate_exps", "ffn_up_exps"), halves, stacked=True),
     "mlp.experts.down_proj": Module(stacked=True),
 }
+_OF_DBRX = {"w1": "ffn_gate_exps", "v1": "ffn_up_exps", "w2": "ffn_down_exps"}
+_DBRX = {
+    f"ffn.experts.{owner}.{leaf}": Module((tensor,), stacked=owner == "mlp")
+    for owner in ("*", "mlp")
+    for leaf, tensor in _OF_DBRX.items()
+}
+"""The matrix of all experts, and one of them; w2 is stored turned."""
 _OLD_MIXTRAL = _below("block_sparse_moe", "gate", "experts.*.w1", "experts.*.w2", "experts.*.w3")
 _WIDENED = _below("mlp", "dense_h_to_4h", "dense_4h_to_h")
 
@@ -267,6 +274,14 @@ _TABLE = (
         {"self_attention.query_key_value": Module(rows=sorted_per_group)},
         stack="transformer.h",
         embedding="transformer.word_embeddings",
+    ),
+    Architecture(
+        "dbrx",
+        {"DbrxForCausalLM": "model."},
+        (*_below("norm_attn_norm.attn", "Wqkv", "out_proj"), "ffn.router.layer"),
+        _DBRX,
+        stack="transformer.blocks",
+        embedding="transformer.wte",
     ),
     Architecture(
         "internlm2",

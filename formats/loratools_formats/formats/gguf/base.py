@@ -21,8 +21,10 @@ from loratools_formats.checkpoints.facts import (
     says_tied,
     text_values,
 )
+from loratools_formats.checkpoints.no_checkpoint import no_checkpoint, no_weights
 from loratools_formats.containers.gguf.container import is_gguf
 from loratools_formats.containers.gguf.splits import GgufModel, read_model
+from loratools_formats.contract.path_kinds import is_model
 from loratools_formats.disk.errors import AdapterError, MissingFileError, UnsupportedError
 from loratools_formats.disk.files import RegularFile, inside
 from loratools_formats.disk.strict_json import read_object
@@ -77,13 +79,27 @@ def read_base(path: Path) -> Base:
     if is_gguf(path):
         return base_of_gguf(read_model(path))
     if path.is_file() and path.name != CONFIG_FILE:
-        raise AdapterError("is not a GGUF model", path=path, expected="GGUF, or a model's folder")
+        raise no_weights(path) or AdapterError(
+            "is not a GGUF model",
+            path=path,
+            expected="GGUF, or a model's folder",
+            hint=f"Name the folder, if its {CONFIG_FILE} is beside it",
+        )
     folder = path.parent if path.is_file() else path
     if not (folder / CONFIG_FILE).is_file():
-        raise MissingFileError(
-            "no base model there", path=path, expected="config.json in a folder, or a GGUF file"
-        )
+        raise _no_config(path)
     return _of_config(inside(folder, CONFIG_FILE))
+
+
+def _no_config(path: Path) -> MissingFileError:
+    if not is_model(path):
+        return no_checkpoint(path)
+    return MissingFileError(
+        f"{CONFIG_FILE} of the base model is not there",
+        path=path,
+        expected=f"{CONFIG_FILE} in a folder, or a GGUF file",
+        hint=f"Fetch {CONFIG_FILE} from where the model came from",
+    )
 
 
 def _of_config(path: Path) -> Base:
@@ -101,7 +117,7 @@ def _of_config(path: Path) -> Base:
         name = inner
     architecture = BY_CLASS[name]
     tied = not architecture.outputs or _is_tied(path, values, architecture)
-    values = text_values(values)
+    values = _with_sections(text_values(values))
     heads = _size(values, path, "num_attention_heads", "n_head", "n_heads", default=0)
     hidden = _size(values, path, "hidden_size", "n_embd", "d_model", "dim")
     experts = _size(
@@ -117,7 +133,12 @@ def _of_config(path: Path) -> Base:
             head_width=_size(values, path, "head_dim", default=hidden // max(heads, 1)),
             experts=experts,
             expert_width=_size(
-                values, path, "moe_intermediate_size", "intermediate_size", default=0
+                values,
+                path,
+                "moe_intermediate_size",
+                "intermediate_size",
+                "ffn_hidden_size",
+                default=0,
             ),
             linear_keys=_size(values, path, "linear_num_key_heads", default=0),
             linear_values=_size(values, path, "linear_num_value_heads", default=0),
@@ -154,7 +175,15 @@ def _kv_heads(values: Mapping[str, Any], path: Path, heads: int) -> int:
     """Return the number of key and value heads; Falcon has three ways to say it."""
     if values.get("new_decoder_architecture") is False:
         return 1 if values.get("multi_query") is True else heads
-    return _size(values, path, "num_key_value_heads", "num_kv_heads", "n_head_kv", default=heads)
+    names = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "kv_n_heads")
+    return _size(values, path, *names, default=heads)
+
+
+def _with_sections(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration with what DBRX says of its layers in sections of their own."""
+    sections = (values.get(name) for name in ("attn_config", "ffn_config"))
+    inner = [section for section in sections if isinstance(section, Mapping)]
+    return {key: value for section in (*inner, values) for key, value in section.items()}
 
 
 def _size(values: Mapping[str, Any], path: Path, *names: str, default: int | None = None) -> int:

@@ -6,8 +6,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
-from loratools_formats.core.adapter import Layer, LowRank, ModuleChange
+from loratools_formats.core.change import Layer, LowRank, ModuleChange
 from loratools_formats.core.dtypes import DType, common_dtype, dtype_of_multiples, encode
+from loratools_formats.core.flat_experts import FLAT, singles_of
 from loratools_formats.core.tensors import TensorRef, joined
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.formats.gguf.architectures import Architecture, Module
@@ -41,6 +42,52 @@ def today(modules: Mapping[str, ModuleChange]) -> dict[str, ModuleChange]:
         leaf = "gate_up_proj" if is_inner else "down_proj"
         layer = replace(part.layer, parameters=(f"{owner}.{leaf}",))
         made[owner + NESTED * is_inner] = change.with_direction(replace(part, layer=layer))
+    return made
+
+
+def flat_apart(modules: Mapping[str, ModuleChange], experts: int) -> dict[str, ModuleChange]:
+    """Return modules with the matrices of DBRX's experts as linear layers of single ones.
+
+    Args:
+        modules: as PEFT has them.
+        experts: how many the model has.
+
+    Raises:
+        AdapterError: the rows of a matrix are not those of so many experts.
+    """
+    made: dict[str, ModuleChange] = {}
+    for path, change in modules.items():
+        (parameter,) = change.layer.parameters if len(change.layer.parameters) == 1 else ("",)
+        if FLAT.fullmatch(parameter) is None or change.layer.kind != "linear":
+            made[path] = change
+            continue
+        part = change.require_factors()
+        rows = part.shape[0]
+        if experts < 1 or rows % experts:
+            raise AdapterError(
+                "module does not fit the base model",
+                tensor=parameter,
+                got=f"{rows} rows",
+                expected=f"rows of {experts} experts",
+            )
+        for name, single in singles_of(parameter, part, experts):
+            made[name] = ModuleChange(single)
+    return made
+
+
+def stacks_apart(modules: Mapping[str, ModuleChange]) -> dict[str, ModuleChange]:
+    """Return modules with stacks of DBRX's experts as linear layers of single ones."""
+    made: dict[str, ModuleChange] = {}
+    for path, change in modules.items():
+        match = FLAT.fullmatch(path)
+        if match is None or change.layer.kind != "experts":
+            made[path] = change
+            continue
+        part = change.require_factors()
+        for expert in range(part.experts):
+            a, b = part.a.matrix(expert), part.b.matrix(expert)
+            single = replace(part, a=a, b=b, layer=Layer("linear"))
+            made[f"{match['owner']}.{expert}.{match['leaf']}"] = ModuleChange(single)
     return made
 
 

@@ -15,15 +15,17 @@ from loratools_formats.containers.gguf.container import KeyValue, is_gguf
 from loratools_formats.containers.gguf.cursor import ARRAY
 from loratools_formats.containers.gguf.splits import GgufModel, read_model
 from loratools_formats.contract.format import Context, Loss
-from loratools_formats.core.adapter import Adapter, Layer, LowRank, ModuleChange
+from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.alora import invocation_tokens
+from loratools_formats.core.change import Layer, LowRank, ModuleChange
 from loratools_formats.core.orientation import exchanged, is_transposed
+from loratools_formats.core.peft_facts import owner
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError
 from loratools_formats.disk.files import RegularFile
 from loratools_formats.formats.gguf.architectures import Module, numbered
 from loratools_formats.formats.gguf.base import Base, read_base
-from loratools_formats.formats.gguf.experts import NESTED, in_stack, stacked, today
+from loratools_formats.formats.gguf.experts import flat_apart, in_stack, stacked, today
 from loratools_formats.formats.gguf.gate_up import as_in_base
 from loratools_formats.formats.gguf.read import EMBEDDING, INVOCATION_KEY, base_model_keys
 from loratools_formats.formats.gguf.write import dtype_fallbacks
@@ -35,6 +37,7 @@ DEFAULT_DTYPE = "f32"
 _OWN_KEYS = ("general.", "adapter.", "tokenizer.", "split.", "format")
 _PREFIXES = (
     "", "model.language_model.", "language_model.model.", "language_model.", "model.text_model.",
+    "backbone.",
 )  # fmt: skip
 
 
@@ -57,7 +60,7 @@ def from_model(adapter: Adapter, context: Context) -> Adapter:
     base = read_base(context.base)
     stacks: dict[str, dict[int, LowRank]] = {}
     modules: dict[str, ModuleChange] = {}
-    for path, delta in today(adapter.modules).items():
+    for path, delta in flat_apart(today(adapter.modules), base.sizes.experts).items():
         try:
             for name, expert, part in _placed(path, plain_factors(delta), base):
                 known = name in modules if expert is None else expert in stacks.get(name, {})
@@ -72,7 +75,9 @@ def from_model(adapter: Adapter, context: Context) -> Adapter:
             raise
     for name, found in stacks.items():
         if name in modules:
-            raise AdapterError("experts are adapted one by one and as a stack", tensor=name)
+            raise AdapterError(
+                "the adapter has these experts both one by one and as a stack", tensor=name
+            )
         modules[name] = ModuleChange(stacked(name, found, base.sizes.experts))
     modules = as_in_base(modules, base.has)
     _check_shapes(modules, base)
@@ -218,10 +223,10 @@ def _found(path: str, base: Base) -> tuple[Module, int | None]:
 def without_place(adapter: Adapter, base: Base) -> list[Loss]:
     """Return the modules that llama.cpp applies no adapter to, and why."""
     lost = []
-    for path, change in today(adapter.modules).items():
+    for path, change in flat_apart(today(adapter.modules), base.sizes.experts).items():
         names = [path]
         if change.layer.kind == "experts":
-            names = [f"{_owner(path)}.{leaf}" for leaf in ("gate_up_proj", "up_proj", "down_proj")]
+            names = [f"{owner(path)}.{leaf}" for leaf in ("gate_up_proj", "up_proj", "down_proj")]
         if any(_look_up(name, base) is not None for name in names):
             continue
         why = _reason(path, base) or f"llama.cpp's {base.architecture.name} has no such module"
@@ -296,23 +301,16 @@ def _check_embedding(name: str, delta: LowRank, base: Base) -> None:
         raise AdapterError("module is of another kind than in the base model", got=delta.layer.kind)
 
 
-def _owner(path: str) -> str:
-    """Return the module whose parameter PEFT adapts under a path."""
-    while path.endswith(NESTED):
-        path = path.removesuffix(NESTED)
-    return path
-
-
 def _expert_parameter(path: str, delta: LowRank, base: Base) -> tuple[Module, LowRank]:
     """Find by its shape which parameter a stack of experts adapts, and put it the base's way."""
-    owner = _owner(path)
+    module = owner(path)
     sizes = base.sizes
     shapes = {
         "gate_up_proj": (2 * sizes.expert_width, sizes.hidden),
         "up_proj": (sizes.expert_width, sizes.hidden),
         "down_proj": (sizes.hidden, sizes.expert_width),
     }
-    shapes = {name: shape for name, shape in shapes.items() if _look_up(f"{owner}.{name}", base)}
+    shapes = {name: shape for name, shape in shapes.items() if _look_up(f"{module}.{name}", base)}
     named = {name.rpartition(".")[2] for name in delta.layer.parameters} or set(shapes)
     swapped = delta.layer.swapped
     held = delta.shape[::-1] if swapped else delta.shape
@@ -320,7 +318,7 @@ def _expert_parameter(path: str, delta: LowRank, base: Base) -> tuple[Module, Lo
         name for name, shape in shapes.items() if name in named and sorted(shape) == sorted(held)
     ]
     fitting = alike if swapped is None else [name for name in alike if shapes[name] == held]
-    found = _look_up(f"{owner}.{fitting[0]}", base) if len(fitting) == 1 else None
+    found = _look_up(f"{module}.{fitting[0]}", base) if len(fitting) == 1 else None
     if found is None or not found[0].stacked:
         raise UnsupportedError(
             f"no stack of experts of {base.architecture.name} has this shape",

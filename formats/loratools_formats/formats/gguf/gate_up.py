@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from loratools_formats.core.adapter import LowRank, ModuleChange
+from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.dtypes import DType, common_dtype, dtype_of_multiples, encode
 from loratools_formats.core.tensors import TensorRef, have_same_bits, joined
 from loratools_formats.disk.errors import AdapterError

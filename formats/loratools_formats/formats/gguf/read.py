@@ -18,7 +18,8 @@ from loratools_formats.containers.gguf.cursor import ARRAY, STRING
 from loratools_formats.containers.gguf.ggml_types import decode
 from loratools_formats.containers.gguf.splits import COUNT
 from loratools_formats.core import alora
-from loratools_formats.core.adapter import Adapter, Layer, LowRank, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import Layer, LowRank, ModuleChange
 from loratools_formats.core.dtypes import DTYPES
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import Buffer, TensorRef, in_file

@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from loratools_formats.contract.format import Context
-from loratools_formats.core.adapter import Adapter, Layer, LowRank, ModuleChange
+from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.alora import INVOCATION_TOKENS
+from loratools_formats.core.change import Layer, LowRank, ModuleChange
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.formats.gguf.architectures import ARCHITECTURES, Architecture, Module
 from loratools_formats.formats.gguf.base import read_base
-from loratools_formats.formats.gguf.experts import NESTED
+from loratools_formats.formats.gguf.experts import NESTED, stacks_apart
 from loratools_formats.formats.gguf.from_model import in_order, plain_factors, with_base
 from loratools_formats.formats.gguf.gate_up import cut, side_by_side
 from loratools_formats.formats.gguf.layouts import Sizes
@@ -77,7 +78,7 @@ def to_model(adapter: Adapter, context: Context) -> Adapter:
     activation = {} if tokens is None else {INVOCATION_TOKENS: tokens.value}
     return replace(
         adapter,
-        modules=_parameters_wrapped(modules),
+        modules=_parameters_wrapped(stacks_apart(modules)),
         config={**adapter.config, **activation},
         other_inputs=with_base(adapter, base),
     )
@@ -122,7 +123,8 @@ def _inverse(order: list[int]) -> list[int]:
 
 def _with_layer(path: str, called: str, delta: LowRank, architecture: Architecture) -> LowRank:
     if delta.layer.kind == "experts":
-        return replace(delta, layer=Layer("experts", parameters=(called,), swapped=False))
+        layer = Layer("experts", (), (called,), transposed_if_square=None, swapped=False)
+        return replace(delta, layer=layer)
     if architecture.conv1d and delta.layer.kind == "linear" and path not in architecture.outputs:
         return replace(delta, layer=Layer("linear", transposed_if_square=True))
     return delta

@@ -21,7 +21,8 @@ from loratools_formats.containers.gguf.container import MAX_NAME_BYTES, KeyValue
 from loratools_formats.containers.gguf.cursor import ARRAY, STRING, VALUE_CODES
 from loratools_formats.containers.gguf.ggml_types import BY_NAME, GgmlType, decode, encode, package
 from loratools_formats.contract.format import Loss
-from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError

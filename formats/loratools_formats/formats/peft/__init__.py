@@ -16,7 +16,8 @@ from loratools_formats.contract.format import Context, Format, Loss
 from loratools_formats.disk.distant import is_there
 
 if TYPE_CHECKING:
-    from loratools_formats.core.adapter import Adapter, ModuleChange
+    from loratools_formats.core.adapter import Adapter
+    from loratools_formats.core.change import ModuleChange
     from loratools_formats.core.findings import Finding
 
 _WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -78,6 +79,12 @@ class Peft(Format):
         from loratools_formats.formats.peft.write import weights_nbytes
 
         return weights_nbytes(adapter)
+
+    def writing_findings(self, adapter: Adapter) -> list[Finding]:
+        """Return findings about stacks of experts that are not written as PEFT writes them."""
+        from loratools_formats.formats.peft.written_sides import writing_findings
+
+        return writing_findings(adapter)
 
     def from_model(self, adapter: Adapter, context: Context) -> Adapter:
         """Make the configuration that the modules of another format's adapter ask for."""

@@ -12,12 +12,9 @@ from dataclasses import replace
 from typing import Any
 
 from loratools_formats.contract.format import Context
-from loratools_formats.core.adapter import (
-    Adapter,
-    ModuleChange,
-    Replacement,
-)
+from loratools_formats.core.adapter import Adapter, Replacement
 from loratools_formats.core.alora import INVOCATION_TOKENS, invocation_tokens
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.factors import stored_as
 from loratools_formats.core.peft_facts import PREFIX
 from loratools_formats.formats.peft import keys

@@ -38,7 +38,7 @@ def loading_findings(adapter: Adapter) -> list[Finding]:
     try:
         missed = _not_targeted(values, list(names))
     except AdapterError as error:
-        text = f"whether target_modules names every module cannot be told: {error.message}"
+        text = f"it is not known whether target_modules names every module: {error.message}"
         return [Finding("targets-unclear", "note", "target_modules", text)]
     if missed:
         more = f" and {len(missed) - 1} more" if len(missed) > 1 else ""

@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from loratools_formats.core.adapter import ExpertLayout, Layer, LowRank, ModuleChange
+from loratools_formats.core.adapter import ExpertLayout
+from loratools_formats.core.change import Layer, LowRank, ModuleChange
 from loratools_formats.core.factors import check_factor, flattened_convolution
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.peft_facts import square_orientation

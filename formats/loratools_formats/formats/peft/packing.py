@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools_formats.core.findings import Finding
+from loratools_formats.core.peft_facts import family_of
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
 
@@ -35,7 +36,6 @@ _FAMILIES = frozenset(
     }
 )  # fmt: skip
 _PARAMETERS = frozenset({"gate_up_proj", "down_proj"})
-_LIBRARY = re.compile(r"transformers\.models\.(\w+)\.modeling_\w+")
 _MANY_COLUMNS = 2048
 
 
@@ -73,7 +73,7 @@ class Guess:
 
 
 def grouped(path: str) -> Finding:
-    """Return what to tell of factors that a marker states to be expert by expert."""
+    """Return findings about factors that are packed expert by expert, as a marker states."""
     return Finding(
         "experts-grouped",
         "warning",
@@ -167,8 +167,7 @@ def unmarked(values: Mapping[str, Any], leaf: str, *, swapped: bool | None) -> G
     auto = values.get("auto_mapping")
     targets = values.get("target_parameters") or []
     if isinstance(auto, Mapping) and auto.get("unsloth_fixed"):
-        library = _LIBRARY.fullmatch(str(auto.get("parent_library")))
-        if library is not None and library[1] in _FAMILIES and targets and leaf in _PARAMETERS:
+        if family_of(values) in _FAMILIES and targets and leaf in _PARAMETERS:
             return Guess(EXPERT_MAJOR, "Unsloth trained this family before it marked the order")
         return None
     bridge = (

@@ -18,15 +18,15 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from loratools_formats.core.peft_facts import owner
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.formats.peft import keys
 from loratools_formats.formats.peft.config import PeftConfig
 
-_NESTED = ".base_layer"
-
 _DECLARED = (
     ("gate_up_proj", "gate_up_proj_bias", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias"),
     ("w1", "v1", "w2"),
+    ("gate_proj", "up_proj", "down_proj"),
 )
 """Parameters of stacked experts in the order in which classes of transformers 5 declare them."""
 
@@ -87,13 +87,6 @@ def _names(path: str, targets: Collection[str], whole: tuple[str, ...]) -> tuple
         if full == target or full.endswith(f".{target}"):
             found.add(full)
     return tuple(sorted(found))
-
-
-def owner(path: str) -> str:
-    """Return the module that a change of one of its parameters is stored under."""
-    while path.endswith(_NESTED):
-        path = path.removesuffix(_NESTED)
-    return path
 
 
 def _told_apart(

@@ -16,13 +16,9 @@ from typing import Any
 from loratools_formats.containers.pickles import read_bin
 from loratools_formats.containers.safetensors_read import SafetensorsFile, read_safetensors
 from loratools_formats.containers.sniffing import is_beside_peft_config
-from loratools_formats.core.adapter import (
-    Adapter,
-    ExpertLayout,
-    ModuleChange,
-    Replacement,
-)
+from loratools_formats.core.adapter import Adapter, ExpertLayout, Replacement
 from loratools_formats.core.attachments import ATTACHMENTS
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.distant import is_there
@@ -204,7 +200,9 @@ def _open_weights(
         path=folder,
         got=", ".join(others) or None,
         expected=f"{WEIGHTS_FILE} or {LEGACY_WEIGHTS_FILE}",
-        hint="Name one of the files" if others else None,
+        hint="Name one of the files"
+        if others
+        else f"Fetch {WEIGHTS_FILE} from where the adapter came from",
     )
 
 

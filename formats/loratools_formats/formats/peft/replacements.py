@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from loratools_formats.checkpoints.facts import is_vocabulary
-from loratools_formats.core.adapter import ModuleChange, Replacement
+from loratools_formats.core.adapter import Replacement
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.peft_facts import PREFIX
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError

@@ -18,7 +18,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loratools_formats.core.adapter import ExpertLayout, Layer, LowRank, ModuleChange
+from loratools_formats.core.adapter import ExpertLayout
+from loratools_formats.core.change import Layer, LowRank, ModuleChange
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
@@ -32,18 +33,16 @@ from loratools_formats.formats.peft.packing import (
     marked,
     unmarked,
 )
-from loratools_formats.formats.peft.parameters import Setting, owner
-
-_SIBLINGS = {
-    "gate_up_proj": "down_proj",
-    "up_proj": "down_proj",
-    "input_linear": "output_linear",
-    "fc1": "fc2",
-}
-"""The parameter, or the module with one, that maps into the experts, and the one that maps out."""
-
-_GATED = frozenset({"gate_up_proj", "input_linear", "fc1"})
-_ATTENTION = re.compile(r"(?:.*\.)?(?:self_attn|attention|attn|mixer)\.[qkv]_proj")
+from loratools_formats.formats.peft.parameters import Setting
+from loratools_formats.formats.peft.sides import (
+    BEFORE_0_19,
+    RELEASE_0_19_0,
+    Sides,
+    of_open_class,
+    release,
+    sides_told,
+    width_of,
+)
 
 
 class Pair(NamedTuple):
@@ -101,7 +100,9 @@ def stacks(
         for path, setting in settings.items()
         if setting.names and _experts(pairs[path], setting) > 1
     }
-    turned = _orientations(config, found, settings, _width(pairs, settings), folder)
+    inputs = {path: pair.a.shape[-1] for path, pair in pairs.items() if len(pair.a.shape) == 2}
+    sides = {path: Sides(pair.a.shape[-1], pair.b.shape[0]) for path, pair in found.items()}
+    turned = sides_told(config, sides, settings, width_of(inputs, settings), folder)
     turned |= {path: (False, "its axes tell") for path in straight if path in found}
     findings: list[Finding] = []
     result: dict[str, Stack] = {}
@@ -179,7 +180,7 @@ def unstacked(
     layer = Layer(
         "experts",
         parameters=names,
-        transposed_if_square=True if _release(config) == _BEFORE_0_19 else None,
+        transposed_if_square=_turn(config, stack, names[0]),
         swapped=stack.swapped,
         grouped=stack.order == EXPERT_MAJOR,
     )
@@ -188,6 +189,15 @@ def unstacked(
     else:
         of_experts = b.reshaped((out, rank, count)).transposed((2, 0, 1))
     return LowRank(a.reshaped((count, rank, in_)), of_experts, scale, layer, alpha=alpha)
+
+
+def _turn(config: PeftConfig, stack: Stack, parameter: str) -> bool | None:
+    """Return how a square stack lies in its parameter if the release that wrote it tells."""
+    if stack.swapped is not None:
+        return None
+    wrote = release(config)
+    is_turned = of_open_class(parameter.rpartition(".")[0]) and wrote == RELEASE_0_19_0
+    return True if wrote == BEFORE_0_19 or is_turned else None
 
 
 def without_marks(values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -202,105 +212,3 @@ def without_marks(values: Mapping[str, Any]) -> Mapping[str, Any]:
 def _experts(pair: Pair, setting: Setting) -> int:
     rows = pair.a.shape[0] if pair.a.shape else 0
     return rows // setting.rank
-
-
-def _width(pairs: Mapping[str, Pair], settings: Mapping[str, Setting]) -> int | None:
-    """Return H as the attention layers' inputs show it; None if they are of several widths."""
-    widths = {
-        pair.a.shape[-1]
-        for path, pair in pairs.items()
-        if not settings[path].names and _ATTENTION.fullmatch(path) and len(pair.a.shape) == 2
-    }
-    return widths.pop() if len(widths) == 1 else None
-
-
-def _orientations(
-    config: PeftConfig,
-    found: Mapping[str, Pair],
-    settings: Mapping[str, Setting],
-    width: int | None,
-    folder: Path,
-) -> dict[str, tuple[bool | None, str]]:
-    """Return whether A of each stack is on the outputs, and what tells."""
-    turned: dict[str, tuple[bool, str]] = {}
-    roles = {_role(path, settings[path]): path for path in found}
-    for (parent, leaf), path in roles.items():
-        other = roles.get((parent, _SIBLINGS.get(leaf, "")))
-        if other is not None:
-            swapped = _by_siblings(found[path], found[other], leaf, path, folder)
-            if swapped is not None:
-                turned[path] = turned[other] = swapped, "the shapes of both parameters tell"
-    for (_, leaf), path in roles.items():
-        if path not in turned and width is not None:
-            by_width = _by_width(found[path], leaf, width)
-            if by_width is not None:
-                turned[path] = by_width, "the width of attention layers tells"
-    known = {swapped for swapped, _ in turned.values()}
-    of_all: tuple[bool | None, str] = None, "only the base tells"
-    if len(known) == 1:
-        of_all = known.pop(), "the other layers tell"
-    elif not known and _release(config) == _0_19_0:
-        # It read the axes the wrong way round of every class but Llama 4's.
-        of_all = True, "PEFT 0.19.0 wrote it"
-    return {path: turned.get(path, of_all) for path in found}
-
-
-def _role(path: str, setting: Setting) -> tuple[str, str]:
-    """Return a module and the name of one of its parameters, which stands for a module in some."""
-    module, leaf = owner(path), ""
-    if len(setting.names) == 1:
-        leaf = setting.names[0].rpartition(".")[2]
-    if leaf == "weight":
-        module, _, leaf = module.rpartition(".")
-    return module, leaf or path
-
-
-def _by_siblings(inner: Pair, outer: Pair, leaf: str, path: str, folder: Path) -> bool | None:
-    """Return whether A is on the outputs, from the shapes of the two parameters of a module."""
-    x1, y1 = inner.a.shape[-1], inner.b.shape[0]
-    x2, y2 = outer.a.shape[-1], outer.b.shape[0]
-    times = 2 if leaf in _GATED else 1
-    straight, swapped = (x1, y1) == (y2, times * x2), (y1, x1) == (x2, times * y2)
-    if straight != swapped:
-        return swapped
-    if straight:  # without a gate both fit
-        return None
-    if leaf in _GATED and ((x1, y1) == (x2, times * y2) or (y1, x1) == (y2, times * x2)):
-        raise AdapterError(
-            "one parameter of a module has its inputs where the other has its outputs",
-            path=folder,
-            tensor=path,
-            got=f"{x1} → {y1} and {x2} → {y2}",
-            expected="H → 2·I and I → H, or both the other way round",
-        )
-    return None
-
-
-def _by_width(pair: Pair, leaf: str, width: int) -> bool | None:
-    x, y = pair.a.shape[-1], pair.b.shape[0]
-    if x == y or width not in (x, y):
-        return None
-    if leaf in _SIBLINGS:
-        return x != width
-    return y != width if leaf in _SIBLINGS.values() else None
-
-
-_BEFORE_0_19 = (0, 18)
-_0_19_0 = (0, 19, 0)
-
-
-def _release(config: PeftConfig) -> tuple[int, ...] | None:
-    """Return what decides how PEFT took a parameter's axes: its release before 0.19, or 0.19.0.
-
-    Releases before 0.19 read all expert parameters as (E, in, out); now it depends on the model.
-    Development versions on the way to 0.19 may have done either.
-    """
-    text = str(config.values.get("peft_version") or "")
-    version = text.split(".")
-    released = len(version) >= 2 and all(part.isdecimal() for part in version[:2])
-    if not released or len(text) > 20 or "dev" in text:
-        return None
-    numbers = int(version[0]), int(version[1])
-    if numbers < (0, 19):
-        return _BEFORE_0_19
-    return _0_19_0 if version == ["0", "19", "0"] else None

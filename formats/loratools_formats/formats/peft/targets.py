@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.peft_facts import replaced_name
 from loratools_formats.disk.errors import AdapterError
 from loratools_formats.formats.peft.config import MIDDLE_INITS, VARIANT_KEYS, is_set

@@ -1,6 +1,7 @@
 """Variants of LoRA in PEFT folders whose change is not just scale · B @ A.
 
-Some are told by a configuration key, some only by a tensor beside the factors: LoRA-XS and LoRA-SB
+A configuration key shows some of them; others show only in a tensor beside the factors: LoRA-XS and
+LoRA-SB
 write a plain LoRA configuration, and without their middle matrix the factors are a large part of
 the base weight. Source: `peft.tuners.lora.variants`, 0.21.2; the authors' code for the others.
 """
@@ -11,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loratools_formats.core.adapter import KindDelta, Layer
+from loratools_formats.core.change import KindDelta, Layer
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.peft_facts import square_orientation
 from loratools_formats.core.tensors import TensorRef

@@ -14,7 +14,8 @@ from typing import Any
 from loratools_formats.containers.safetensors_write import safetensors_nbytes, write_safetensors
 from loratools_formats.contract.commands import command_on
 from loratools_formats.contract.format import Loss
-from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.factors import alpha_of, kept_whole
 from loratools_formats.core.peft_facts import stacked_on_loading
 from loratools_formats.core.peft_patterns import settings_of
@@ -31,6 +32,7 @@ from loratools_formats.formats.peft.experts.packed import (
 )
 from loratools_formats.formats.peft.parameters import Setting, settings
 from loratools_formats.formats.peft.read import WEIGHTS_FILE
+from loratools_formats.formats.peft.written_sides import sayable
 
 
 def losses(adapter: Adapter) -> list[Loss]:
@@ -48,6 +50,7 @@ def write(adapter: Adapter, path: Path) -> None:
     Raises:
         UnsupportedError: a module's rank and scale cannot be expressed.
     """
+    adapter = sayable(adapter)
     config = strict_json.dumps(config_for(adapter), indent=2)
     (path / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
     write_safetensors(path / WEIGHTS_FILE, stored_tensors(adapter), metadata_for(adapter))
@@ -65,6 +68,7 @@ def weights_nbytes(adapter: Adapter) -> int:
     Raises:
         UnsupportedError: it could not be written.
     """
+    adapter = sayable(adapter)
     config_for(adapter)
     return safetensors_nbytes(stored_tensors(adapter), metadata_for(adapter))
 

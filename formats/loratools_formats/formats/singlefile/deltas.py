@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from loratools_formats.core.adapter import Axis, KindDelta, Layer, LowRank, ModuleChange
+from loratools_formats.core.change import Axis, KindDelta, Layer, LowRank, ModuleChange
 from loratools_formats.core.factors import check_factor, flattened_convolution
 from loratools_formats.core.kind_shapes import check_shapes
 from loratools_formats.core.single_file_keys import Role
@@ -186,13 +186,21 @@ def _kronecker(module: str, parts: Parts, stated: Setting | None, path: Path) ->
             raise AdapterError(
                 f"LoKr has neither or both of {side} and its factors", path=path, tensor=module
             )
+    if "w2_t" in tensors and "w2" in tensors:
+        raise AdapterError("LoKr has a whole w2 beside a Tucker core", path=path, tensor=module)
     check_shapes("lokr", tensors)
     # Whatever alpha says, nothing scales two whole matrices: LyCORIS and ComfyUI agree on it.
     scale = 1.0
-    for factor in ("w2_b", "w1_b"):
-        if factor in tensors:
-            _, scale = _alpha(parts, tensors[factor].shape[0], stated, path)
-            break
+    ranks = {tensors[key].shape[0] for key in ("w1_b", "w2_b") if key in tensors}
+    if len(ranks) > 1 and "alpha" in parts:  # LyCORIS divides by that of w1, ComfyUI by that of w2
+        raise AdapterError(
+            "the two sides of LoKr have different ranks, so that alpha has no one meaning",
+            path=path,
+            tensor=module,
+            got=sorted(ranks),
+        )
+    if ranks:
+        _, scale = _alpha(parts, ranks.pop(), stated, path)
     rows, columns = 1, 1
     kernel: tuple[int, ...] = ()
     for side in ("w1", "w2"):
@@ -266,11 +274,15 @@ def _rotation(module: str, parts: Parts, stated: Setting | None, path: Path) -> 
 def _ia3(module: str, parts: Parts, stated: Setting | None, path: Path) -> KindDelta:
     del stated
     _none_beside(module, parts, set(), path)
-    on_input = bool(stated_alpha(parts["on_input"], path))
+    on_input = stated_alpha(parts["on_input"], path)
+    if on_input not in (0, 1):
+        raise AdapterError(
+            "on_input is neither 0 nor 1", path=path, tensor=parts["on_input"].key, got=on_input
+        )
     gain = parts["ia3"]
     shape = (None, None) if on_input else (gain.numel, None)
     tensors = {"gain": gain, "on_input": parts["on_input"]}
-    return KindDelta("lycoris_ia3", tensors, {"on_input": on_input}, shape=shape)
+    return KindDelta("lycoris_ia3", tensors, {"on_input": bool(on_input)}, shape=shape)
 
 
 def _other(

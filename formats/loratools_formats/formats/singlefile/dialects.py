@@ -1,4 +1,4 @@
-"""Names for the ways of spelling that single files are met with, and how each is told.
+"""The dialects of single files, and what shows each of them.
 
 A dialect is a combination of prefix and leaf. Nothing depends on which it is called; `info` shows
 it, so that a user knows what a file is and what it was recognised by.

@@ -13,12 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from loratools_formats.containers.safetensors_read import read_safetensors
-from loratools_formats.core.adapter import (
-    Adapter,
-    Addition,
-    ModuleChange,
-    Replacement,
-)
+from loratools_formats.core.adapter import Adapter, Addition, Replacement
+from loratools_formats.core.change import ModuleChange
+from loratools_formats.core.factors import check_factor
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.peft_facts import PREFIX
 from loratools_formats.core.single_file_keys import IA3_MARK, Key, Naming, Role, parse
@@ -75,16 +72,18 @@ class _Outside:
     replacements: dict[str, Replacement] = field(default_factory=dict)
     carried: dict[str, TensorRef] = field(default_factory=dict)
 
-    def take(self, module: str, parts: Parts) -> None:
+    def take(self, module: str, parts: Parts, path: Path) -> None:
         """Move what is no part of a module's weight change out of its parts."""
         for role in parts.keys() & _CARRIED:
             tensor = parts.pop(role)
             self.carried[tensor.key] = tensor
         for role in parts.keys() & _ADDED.keys():
             tensor = parts.pop(role)
+            check_factor(tensor, path)
             self.additions[tensor.key] = Addition(f"{module}.{_ADDED[role]}", tensor)
         if "diff" in parts and len(parts["diff"].shape) == 1:  # of a norm
             tensor = parts.pop("diff")
+            check_factor(tensor, path)
             self.additions[tensor.key] = Addition(f"{module}.weight", tensor)
         for role in parts.keys() & _REPLACED.keys():
             tensor = parts.pop(role)
@@ -105,11 +104,12 @@ def _read(path: Path, carry_unknown: bool) -> Adapter:
     stated = {} if configs is None else configs.settings(sorted(groups))
     modules: dict[str, ModuleChange] = {}
     for module in sorted(groups):
-        outside.take(module, groups[module])
+        outside.take(module, groups[module], path)
         if groups[module]:
             setting = stated.get(module)
             modules[module] = delta_of(module, groups[module], setting, path)
             _check_rank(modules[module], setting, path)
+    _check_biases(outside.additions, modules)
     return Adapter(
         format=naming_class(keys.values()),
         source=path,
@@ -231,6 +231,20 @@ def _check_one_carrier(configs: PackedConfigs | None, keys: Mapping[str, Key], p
             tensor=alpha,
             expected="one of the two, since loaders disagree on such files",
         )
+
+
+def _check_biases(additions: Mapping[str, Addition], modules: Mapping[str, ModuleChange]) -> None:
+    """Raise `AdapterError` if what is added to a bias has not one number for each output."""
+    for addition in additions.values():
+        module, _, leaf = addition.target.rpartition(".")
+        out = modules[module].shape[0] if leaf == "bias" and module in modules else None
+        if out is not None and addition.tensor.numel != out:
+            raise AdapterError(
+                "difference of a bias does not fit its module",
+                tensor=addition.tensor.key,
+                got=list(addition.tensor.shape),
+                expected=f"{out} numbers, one for each output",
+            )
 
 
 def _check_rank(delta: ModuleChange, setting: Setting | None, path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from loratools_formats.core.adapter import LowRank, ModuleChange
+from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.factors import alpha_of
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.peft_patterns import PatternsOf

@@ -6,20 +6,15 @@ them so may need a list of names or a table, which is the business of `loratools
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from loratools_formats.contract.commands import command_on
 from loratools_formats.contract.format import Loss
-from loratools_formats.core.adapter import (
-    Adapter,
-    Addition,
-    LowRank,
-    ModuleChange,
-    Replacement,
-)
+from loratools_formats.core.adapter import Adapter, Addition, Replacement
+from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.single_file_keys import Naming, Role, parse
 from loratools_formats.core.tensors import TensorRef, in_memory
 from loratools_formats.disk.errors import UnsupportedError
@@ -202,11 +197,9 @@ def respelled(adapter: Adapter, target: Naming) -> Adapter:
                 hint="Give modules other names: "
                 f"loratools convert ADAPTER -o converted.safetensors --to {target}",
             )
-    additions = {}
-    for key, addition in adapter.additions.items():
-        if key not in lost:
-            module, _, leaf = addition.target.rpartition(".")
-            additions[module + _ADDED_LEAVES[leaf, _has_weight(kept.get(module))]] = addition
+    added = {k: addition for k, addition in adapter.additions.items() if k not in lost}
+    targets = {addition.target for addition in added.values()}
+    additions = {_added_key(addition.target, targets): addition for addition in added.values()}
     modules = {}
     for name, delta in kept.items():
         modules[name], bias = _module(name, delta, target)
@@ -245,18 +238,18 @@ def _reshaping(adapter: Adapter, modules: Mapping[str, ModuleChange]) -> dict[st
 
 
 _INPUT = "diffusion_model.img_in"
-_ADDED_LEAVES = {
-    ("bias", True): ".diff_b",
-    ("bias", False): ".b_norm",
-    ("weight", False): ".w_norm",
-    ("weight", True): ".w_norm",
-    ("modulation", False): ".diff_m",
-    ("modulation", True): ".diff_m",
-}
+_ADDED_LEAVES = {"weight": ".w_norm", "modulation": ".diff_m"}
 
 
-def _has_weight(delta: ModuleChange | None) -> bool:
-    return delta is not None
+def _added_key(target: str, targets: Collection[str]) -> str:
+    """Return the key of what is added to a parameter, beside what is added to others.
+
+    ComfyUI reads a `b_norm` only beside a `w_norm`, and a `diff_b` anywhere.
+    """
+    module, _, leaf = target.rpartition(".")
+    if leaf == "bias":
+        return module + (".b_norm" if f"{module}.weight" in targets else ".diff_b")
+    return module + _ADDED_LEAVES[leaf]
 
 
 def _metadata(

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from loratools_formats.containers.safetensors_write import safetensors_nbytes, write_safetensors
 from loratools_formats.contract.format import Loss
-from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.single_file_keys import NAMINGS, Naming, Role, parse
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import UnsupportedError

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from loratools_formats.formats.statedicts.statedict import StateDict, StateDictFormat
 
 if TYPE_CHECKING:
-    from loratools_formats.core.adapter import KindDelta
+    from loratools_formats.core.change import KindDelta
     from loratools_formats.core.tensors import TensorRef
 
 _PARTS = {
@@ -43,7 +43,7 @@ class LoLdu(StateDictFormat):
 
     def delta(self, state: StateDict, module: str, parts: dict[str, TensorRef]) -> KindDelta:
         """Return the change of vectors alone, or of a whole parametrisation."""
-        from loratools_formats.core.adapter import KindDelta, Missing
+        from loratools_formats.core.change import KindDelta, Missing
 
         state.check_factors({part: parts[part] for part in parts if part == "z"}, 1)
         if set(parts) == {"z"}:

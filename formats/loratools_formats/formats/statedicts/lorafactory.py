@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from loratools_formats.formats.statedicts.statedict import StateDict, StateDictFormat
 
 if TYPE_CHECKING:
-    from loratools_formats.core.adapter import KindDelta
+    from loratools_formats.core.change import KindDelta
     from loratools_formats.core.tensors import TensorRef
 
 _PARTS = {"weight_a": "a", "weight_b": "b"}
@@ -29,7 +29,7 @@ class LoraFactory(StateDictFormat):
 
     def delta(self, state: StateDict, module: str, parts: dict[str, TensorRef]) -> KindDelta:
         """Return a pair of factors whose scale and variant are missing."""
-        from loratools_formats.core.adapter import KindDelta, Missing
+        from loratools_formats.core.change import KindDelta, Missing
 
         if set(parts) != {"a", "b"}:
             raise state.lacking(module, parts, "weight_a and weight_b")

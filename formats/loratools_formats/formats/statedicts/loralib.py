@@ -25,7 +25,8 @@ from loratools_formats.formats.statedicts.statedict import StateDict, StateDictF
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from loratools_formats.core.adapter import Adapter, KindDelta, Layer
+    from loratools_formats.core.adapter import Adapter
+    from loratools_formats.core.change import KindDelta, Layer
     from loratools_formats.core.tensors import TensorRef
 
 _KEY = re.compile(
@@ -58,7 +59,8 @@ class Loralib(StateDictFormat):
 
     def adapter(self, state: StateDict) -> Adapter:
         """Return the adapter: a change for each module, and the biases that were trained."""
-        from loratools_formats.core.adapter import ModuleChange, Replacement
+        from loratools_formats.core.adapter import Replacement
+        from loratools_formats.core.change import ModuleChange
 
         parts: dict[str, dict[str, TensorRef]] = {}
         biases: dict[str, TensorRef] = {}
@@ -91,7 +93,7 @@ def _bias_in_model(key: str, modules: Collection[str]) -> str:
 
 
 def _delta(name: str, parts: dict[str, TensorRef], path: Path) -> KindDelta:
-    from loratools_formats.core.adapter import KindDelta, Layer, Missing
+    from loratools_formats.core.change import KindDelta, Layer, Missing
     from loratools_formats.core.kind_shapes import check_shapes
     from loratools_formats.disk.errors import AdapterError
 
@@ -131,7 +133,7 @@ def _delta(name: str, parts: dict[str, TensorRef], path: Path) -> KindDelta:
 def _of_loralib(
     name: str, parts: dict[str, TensorRef], settings: dict[str, Any], layer: Layer, path: Path
 ) -> KindDelta:
-    from loratools_formats.core.adapter import KindDelta, Missing
+    from loratools_formats.core.change import KindDelta, Missing
     from loratools_formats.disk.errors import AdapterError
 
     a, b, leaf = parts["a"].shape, parts["b"].shape, name.rpartition(".")[2]

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from loratools_formats.formats.statedicts.statedict import StateDict, StateDictFormat
 
 if TYPE_CHECKING:
-    from loratools_formats.core.adapter import Adapter, ModuleChange, Replacement
+    from loratools_formats.core.adapter import Adapter, Replacement
+    from loratools_formats.core.change import ModuleChange
     from loratools_formats.core.tensors import TensorRef
 
 _KEY = re.compile(r"(?P<module>.+?)\.lora\.(?P<side>[AB])")
@@ -73,7 +74,7 @@ class LoRat(StateDictFormat):
 
 
 def _delta(own: dict[str, TensorRef], parts: str, shared: dict[str, TensorRef]) -> ModuleChange:
-    from loratools_formats.core.adapter import KindDelta, Missing, ModuleChange
+    from loratools_formats.core.change import KindDelta, Missing, ModuleChange
 
     settings: dict[str, Any] = {"parts": parts}
     if not shared:

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 from loratools_formats.formats.statedicts.statedict import StateDict, StateDictFormat
 
 if TYPE_CHECKING:
-    from loratools_formats.core.adapter import Adapter, ModuleChange
+    from loratools_formats.core.adapter import Adapter
+    from loratools_formats.core.change import ModuleChange
     from loratools_formats.core.tensors import TensorRef
 
 _QKV = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"}
@@ -190,7 +191,7 @@ def _of_experts(
 def _delta(
     projection: str, own: dict[str, TensorRef], *, is_shared: bool, is_expert: bool
 ) -> ModuleChange:
-    from loratools_formats.core.adapter import KindDelta, Missing, ModuleChange
+    from loratools_formats.core.change import KindDelta, Missing, ModuleChange
 
     settings: dict[str, Any] = {
         "alpha": Missing("alpha of the run's configuration; the rank for NeMo before it had one"),

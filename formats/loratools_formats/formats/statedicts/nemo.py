@@ -81,7 +81,7 @@ def _found(file: RegularFile) -> tuple[Member, bytes]:
     configs = [member for member in members if member.name.rpartition("/")[2] == _CONFIG]
     if len(found) != 1:
         raise AdapterError(
-            f"archive has not one {_WEIGHTS}",
+            f"archive does not have exactly one {_WEIGHTS}",
             path=file.path,
             got=", ".join(member.name for member in found) or "none",
             hint="Merge the ranks of tensor parallelism first",

@@ -15,7 +15,8 @@ from loratools_formats.formats.statedicts.statedict import StateDict, StateDictF
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from loratools_formats.core.adapter import Adapter, KindDelta
+    from loratools_formats.core.adapter import Adapter
+    from loratools_formats.core.change import KindDelta
     from loratools_formats.core.tensors import TensorRef
 
 _PARTS = {"lora_A.weight": "a", "lora_B.weight": "b"}
@@ -49,13 +50,13 @@ class PeftWeights(StateDictFormat):
         from loratools_formats.core.findings import Finding
 
         adapter = super().adapter(state)
-        text = "there is no adapter_config.json beside it, which would tell the scale"
+        text = "there is no adapter_config.json beside it, which would state the scale"
         missing = Finding("config-missing", "warning", "adapter_config.json", text)
         return replace(adapter, findings=(*adapter.findings, missing))
 
     def delta(self, state: StateDict, module: str, parts: dict[str, TensorRef]) -> KindDelta:
         """Return a pair of factors whose scale and variant are missing."""
-        from loratools_formats.core.adapter import KindDelta, Layer, Missing
+        from loratools_formats.core.change import KindDelta, Layer, Missing
         from loratools_formats.core.peft_facts import square_orientation
 
         if set(parts) != {"a", "b"}:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from loratools_formats.formats.statedicts.statedict import StateDict, StateDictFormat
 
 if TYPE_CHECKING:
-    from loratools_formats.core.adapter import Adapter, KindDelta
+    from loratools_formats.core.adapter import Adapter
+    from loratools_formats.core.change import KindDelta
     from loratools_formats.core.tensors import TensorRef
 
 _AXES = {"lambda": 2, "gamma": 2, "a": 3, "b": 3}
@@ -46,7 +47,7 @@ class RandLora(StateDictFormat):
 
     def delta(self, state: StateDict, module: str, parts: dict[str, TensorRef]) -> KindDelta:
         """Return the change of a linear or fused layer, or of one in vision."""
-        from loratools_formats.core.adapter import KindDelta, Layer, Missing
+        from loratools_formats.core.change import KindDelta, Layer, Missing
 
         if set(parts) != set(_AXES):
             raise state.lacking(module, parts, "trained diagonals, basis_a and basis_b")

@@ -17,7 +17,8 @@ from loratools_formats.contract.format import Format
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from loratools_formats.core.adapter import Adapter, KindDelta, ModuleChange, Replacement
+    from loratools_formats.core.adapter import Adapter, Replacement
+    from loratools_formats.core.change import KindDelta, ModuleChange
     from loratools_formats.core.tensors import TensorRef
     from loratools_formats.disk.errors import AdapterError
     from loratools_formats.disk.files import RegularFile
@@ -57,7 +58,7 @@ class StateDictFormat(Format):
         Raises:
             AdapterError: an unknown name, or tensors that do not belong together.
         """
-        from loratools_formats.core.adapter import ModuleChange
+        from loratools_formats.core.change import ModuleChange
 
         own = self.by_module(state)
         modules = {name: ModuleChange(self.delta(state, name, own[name])) for name in own}

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from loratools_formats.formats.statedicts.statedict import StateDict, StateDictFormat
 
 if TYPE_CHECKING:
-    from loratools_formats.core.adapter import Adapter, Missing, ModuleChange
+    from loratools_formats.core.adapter import Adapter
+    from loratools_formats.core.change import Missing, ModuleChange
     from loratools_formats.core.tensors import TensorRef
     from loratools_formats.disk.files import RegularFile
 
@@ -85,7 +86,7 @@ def _path_in_model(module: str) -> str:
 
 
 def _delta(module: str, own: dict[str, TensorRef], alpha: float | Missing) -> ModuleChange:
-    from loratools_formats.core.adapter import KindDelta, Missing, ModuleChange
+    from loratools_formats.core.change import KindDelta, Missing, ModuleChange
 
     settings: dict[str, Any] = {"alpha": alpha}
     heads = _HEADS.get(module.rpartition(".")[2])
@@ -112,7 +113,7 @@ def _alpha(folder: Path, ranks: set[int]) -> tuple[float | Missing, tuple[Regula
     Raises:
         AdapterError: the configuration is malformed, or of other ranks.
     """
-    from loratools_formats.core.adapter import Missing
+    from loratools_formats.core.change import Missing
     from loratools_formats.disk.errors import AdapterError
     from loratools_formats.disk.files import RegularFile, inside
     from loratools_formats.disk.strict_json import read_object

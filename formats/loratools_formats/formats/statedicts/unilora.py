@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from loratools_formats.formats.statedicts.statedict import StateDict, StateDictFormat
 
 if TYPE_CHECKING:
-    from loratools_formats.core.adapter import Adapter, ModuleChange
+    from loratools_formats.core.adapter import Adapter
+    from loratools_formats.core.change import ModuleChange
 
 _PARTS = {
     "project_params_A": "indices_a",
@@ -36,7 +37,7 @@ class UniLora(StateDictFormat):
 
     def adapter(self, state: StateDict) -> Adapter:
         """Return the adapter, with the bank shared by all modules."""
-        from loratools_formats.core.adapter import KindDelta, ModuleChange
+        from loratools_formats.core.change import KindDelta, ModuleChange
 
         modules: dict[str, ModuleChange] = {}
         found, shared = state.with_one_bank(self.by_module(state), self.parts)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from loratools_formats.formats.statedicts.statedict import StateDict, StateDictFormat
 
 if TYPE_CHECKING:
-    from loratools_formats.core.adapter import Adapter, ModuleChange
+    from loratools_formats.core.adapter import Adapter
+    from loratools_formats.core.change import ModuleChange
 
 _PARTS = {"logits_A": "logits_a", "logits_B": "logits_b", "vector_bank": "bank"}
 
@@ -29,7 +30,7 @@ class VbLora(StateDictFormat):
 
     def adapter(self, state: StateDict) -> Adapter:
         """Return the adapter, with the bank shared by all modules."""
-        from loratools_formats.core.adapter import KindDelta, Missing, ModuleChange
+        from loratools_formats.core.change import KindDelta, Missing, ModuleChange
 
         modules: dict[str, ModuleChange] = {}
         found, shared = state.with_one_bank(self.by_module(state), self.parts)

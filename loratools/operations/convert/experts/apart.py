@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from loratools.operations.convert.experts.groups import Group
-from loratools_formats.core.adapter import LowRank, ModuleChange
+from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.dtypes import dtype_of_multiples, encode, is_power_of_two
 from loratools_formats.core.tensors import TensorRef, have_same_bits
 from loratools_formats.disk.errors import UnsupportedError

@@ -9,7 +9,7 @@ import numpy as np
 
 from loratools.operations.convert.experts.groups import Group, Order
 from loratools.operations.convert.experts.recent import Recent
-from loratools_formats.core.adapter import Layer, LowRank, ModuleChange
+from loratools_formats.core.change import Layer, LowRank, ModuleChange
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import UnsupportedError
 
@@ -86,7 +86,7 @@ def _cuts(
     out = b.shape[0]
     if out % 2:
         raise UnsupportedError(
-            "a joined gate and up has an even number of outputs", tensor=b.key, got=out
+            "a gate and up in one tensor have an even number of outputs", tensor=b.key, got=out
         )
     half = out // 2
     if order == "alternating":

@@ -6,17 +6,20 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
-from loratools_formats.core.adapter import LowRank, ModuleChange
+from loratools.operations.convert.experts.groups import Group
+from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.tensors import TensorRef
 
 _SINGLE = re.compile(r"(?P<expert>(?:.*\.)?experts\.\d+)\.(?P<leaf>gate_proj|up_proj|down_proj)")
 _GATED = ("gate_proj", "up_proj", "down_proj")
 
 
-def filled(modules: Mapping[str, ModuleChange]) -> dict[str, ModuleChange]:
+def filled(modules: Mapping[str, ModuleChange], *, gated: bool) -> dict[str, ModuleChange]:
     """Return modules where each expert has all of its projections.
 
-    Without any gate in the file, two are all.
+    Args:
+        modules: experts one by one, and all others.
+        gated: whether the model's experts have a gate.
     """
     made = dict(modules)
     experts: dict[str, dict[str, ModuleChange]] = {}
@@ -24,13 +27,31 @@ def filled(modules: Mapping[str, ModuleChange]) -> dict[str, ModuleChange]:
         match = _SINGLE.fullmatch(name)
         if match is not None:
             experts.setdefault(match["expert"], {})[match["leaf"]] = change
-    gated = any("gate_proj" in leaves for leaves in experts.values())
     for expert, leaves in experts.items():
         like = next(iter(leaves.items()))
         for leaf in _GATED if gated else _GATED[1:]:
             if leaf not in leaves:
                 made[f"{expert}.{leaf}"] = _zeros(like[0], like[1], leaf)
     return made
+
+
+def with_zeros(group: Group, experts: int, *, gated: bool) -> Group:
+    """Return a layer's single experts with zeros for experts, and for a gate, that are not adapted.
+
+    Args:
+        group: the layer; every projection that it adapts gets all experts.
+        experts: how many the model has.
+        gated: whether the model's experts have a gate, which goes with up.
+    """
+    single = {leaf: dict(changes) for leaf, changes in group.single.items()}
+    if gated and "up_proj" in single and "gate_proj" not in single:
+        up = single["up_proj"]
+        single["gate_proj"] = {e: _zeros("up_proj", c, "gate_proj") for e, c in up.items()}
+    for leaf, changes in single.items():
+        like = next(iter(changes.values()))
+        for expert in range(experts):
+            changes.setdefault(expert, _zeros(leaf, like, leaf))
+    return replace(group, single=single)
 
 
 def _zeros(own: str, change: ModuleChange, leaf: str) -> ModuleChange:

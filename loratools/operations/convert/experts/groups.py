@@ -15,9 +15,11 @@ from loratools_formats.checkpoints import expert_classes
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.facts import model_types
 from loratools_formats.contract.commands import command_on
-from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.orientation import exchanged
+from loratools_formats.core.peft_facts import family_of, owner
 from loratools_formats.disk.errors import UnsupportedError, printable
 
 Order = Literal["halves", "alternating"]
@@ -30,7 +32,6 @@ _SINGLE = re.compile(
     r"(?P<leaf>gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3)"
 )
 _NESTED = ".base_layer"
-_LIBRARY = re.compile(r"transformers\.models\.(\w+)\.modeling_\w+")
 _GPT_OSS = re.compile(r"gpt[-_.]?oss", re.IGNORECASE)
 _IN_HALVES = re.compile(
     r"(?:^|[-_.])(?:qwen|mixtral|deepseek|moonlight|kimi|olmoe|flexolmo|glm|granite|ernie|hunyuan"
@@ -83,12 +84,12 @@ def sorted_experts(adapter: Adapter, base: Checkpoint | None) -> Sorted:
             and change.layer.kind == "experts"
             and change.layer.parameters
         ):
-            owner = _owner(path)
+            module = owner(path)
             parameter = _parameter(adapter, path, change)
             part = change.require_factors()
             layer = replace(part.layer, parameters=(parameter,))
             told = change.with_direction(replace(part, layer=layer))
-            group = found.groups.setdefault(owner, Group(owner))
+            group = found.groups.setdefault(module, Group(module))
             leaf = parameter.rpartition(".")[2]
             group.stacks[leaf] = _straight(adapter, path, told, names)
         elif single is not None and change.factors is not None and not change.is_dora:
@@ -114,12 +115,6 @@ def straightened(adapter: Adapter, base: Checkpoint | None) -> Adapter:
     names = Names(class_view(dequantised(base).checkpoint).checkpoint)
     turned = {path: _straight(adapter, path, change, names) for path, change in stacks.items()}
     return replace(adapter, modules={**adapter.modules, **turned})
-
-
-def _owner(path: str) -> str:
-    while path.endswith(_NESTED):
-        path = path.removesuffix(_NESTED)
-    return path
 
 
 def _parameter(adapter: Adapter, path: str, change: ModuleChange) -> str:
@@ -149,7 +144,7 @@ def _straight(
         swapped = stack_is_swapped(names, part.layer.parameters[0], part)
     if swapped is None:
         raise UnsupportedError(
-            "whether A is on the inputs of these experts cannot be told without the base",
+            "without the base, it is not known whether A is on the inputs of these experts",
             path=adapter.source,
             tensor=path,
             got=list(part.shape),
@@ -168,11 +163,9 @@ def types_of(adapter: Adapter, base: Checkpoint | None) -> frozenset[str]:
     """Return the model types that a base, or the configuration of an adapter, names."""
     if base is not None:
         return frozenset(model_types(base.config))
-    auto = adapter.config.get("auto_mapping")
-    library = auto.get("parent_library") if isinstance(auto, Mapping) else None
-    match = _LIBRARY.fullmatch(str(library))
-    if match is not None:
-        return frozenset({match[1]})
+    family = family_of(adapter.config)
+    if family is not None:
+        return frozenset({family})
     name = adapter.base_model or ""
     says = _GPT_OSS.search(name) is not None and not _names_other(name)
     return frozenset({"gpt_oss"}) if says else frozenset()
@@ -181,6 +174,22 @@ def types_of(adapter: Adapter, base: Checkpoint | None) -> frozenset[str]:
 def _names_other(name: str) -> bool:
     """Return whether a model's name names a family other than gpt-oss, alone or beside it."""
     return _IN_HALVES.search(re.split(r"[/\\]", name.rstrip("/\\"))[-1]) is not None
+
+
+def has_gate(adapter: Adapter, group: Group, base: Checkpoint | None) -> bool | None:
+    """Return whether the model's experts have a gate; None if nothing tells.
+
+    Nemotron's have none. A file may adapt up alone of a model that has one.
+    """
+    if group.single.keys() & {"gate_proj", "gate_up_proj"} or "gate_up_proj" in group.stacks:
+        return True
+    types = types_of(adapter, base)
+    if types:
+        return not types & _WITHOUT_GATE
+    return False if group.owner.endswith("mixer.experts") else None
+
+
+_WITHOUT_GATE = frozenset({"nemotron_h"})
 
 
 def order_of(
@@ -212,7 +221,7 @@ def order_of(
             )
             return "halves", (Finding("expert-halves-assumed", "warning", group.owner, text),)
     raise UnsupportedError(
-        "how the model joins gate and up, in halves or alternating, cannot be told without it",
+        "without it, it is not known whether the model joins gate and up in halves or alternating",
         path=adapter.source,
         tensor=next(iter(groups)),
         got=f"a base named {printable(name)}" if name else "no name of a base",

@@ -11,8 +11,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from loratools.base.dequantised import dequantised
+from loratools.base.placement.class_view import class_view
+from loratools.base.placement.names import Names
 from loratools.folding.expert_sides import lacks_sides, with_sides
-from loratools.operations.convert.class_names import NAMED
+from loratools.operations.convert.class_names import checkpoint_of
 from loratools.operations.convert.experts.apart import of_one_rank
 from loratools.operations.convert.experts.choice import wanted_by
 from loratools.operations.convert.experts.each import each
@@ -20,11 +23,11 @@ from loratools.operations.convert.experts.groups import base_hint, sorted_expert
 from loratools.operations.convert.experts.layouts import Wanted, laid_out, of_release, retargeted
 from loratools.operations.convert.experts.recent import Recent
 from loratools.operations.convert.experts.tinker_names import with_whole_projections
-from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
-from loratools_formats.containers.gguf.container import is_gguf
-from loratools_formats.core.adapter import Adapter, Layer, ModuleChange
+from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import Layer, ModuleChange
 from loratools_formats.core.findings import Finding
-from loratools_formats.disk.errors import MissingFileError, OptionError, UnsupportedError
+from loratools_formats.disk.errors import OptionError, UnsupportedError
 
 _APART = ("each", "3d", "shared-outer", "tinker")
 _SWITCH = re.compile(
@@ -40,6 +43,7 @@ def in_layout(
     base: Path | None,
     experts: Wanted | str | None,
     in_names: Callable[[Adapter], Adapter],
+    names_of: str | None = None,
 ) -> tuple[Adapter, Wanted, tuple[Finding, ...]]:
     """Return an adapter in the target's names and layout, what was wanted, and what to tell.
 
@@ -49,13 +53,15 @@ def in_layout(
         base: the base model.
         experts: what is wanted, or the program that says it.
         in_names: gives an adapter the target's names.
+        names_of: the version of transformers whose names those are, if one was asked for.
 
     Raises:
-        OptionError: a layout is asked for in a format that has none to choose.
+        OptionError: a layout is asked for in a format that has none to choose, or that has no such
+            names.
         UnsupportedError: the layout cannot hold the experts exactly, or the base must tell more.
     """
     asks = target in ("peft", "mlx") or (target == "gguf" and lacks_sides(adapter))
-    checkpoint = _checkpoint(adapter, base) if asks else None
+    checkpoint = checkpoint_of(adapter, base) if asks else None
     wanted = experts
     if isinstance(experts, str):
         wanted = wanted_by(experts, adapter, checkpoint)
@@ -65,6 +71,7 @@ def in_layout(
         raise OptionError(
             "layouts of experts are those of PEFT folders", got=target, expected="`to=peft`"
         )
+    _check_names(names_of, wanted)
     if wanted.layout != "tinker" and adapter.format == "peft":
         adapter, whole = with_whole_projections(adapter, checkpoint)
         if whole:
@@ -75,15 +82,63 @@ def in_layout(
     adapter = with_sides(adapter, checkpoint)
     if target != "peft":
         return in_names(_one_by_one(adapter) if target == "gguf" else adapter), wanted, ()
+    model, told = _for_peft(adapter, wanted, checkpoint, in_names, names_of)
+    return model, wanted, told
+
+
+def _for_peft(
+    adapter: Adapter,
+    wanted: Wanted,
+    checkpoint: Checkpoint | None,
+    in_names: Callable[[Adapter], Adapter],
+    names_of: str | None,
+) -> tuple[Adapter, tuple[Finding, ...]]:
     if wanted.layout in _APART:
-        model, told = _laid(_singles(adapter, checkpoint, in_names), wanted, checkpoint)
-        return model, wanted, told
-    model, told = _laid(in_names(adapter), wanted, checkpoint)
-    return model, wanted, (*told, *_of_larger_rank(adapter, model))
+        singles = _singles(adapter, checkpoint, in_names)
+        _refuse_flat(singles)
+        if names_of is not None or (adapter.format == "mlx" and checkpoint is not None):
+            singles = _others_in(singles, in_names)
+        return _laid(singles, wanted, checkpoint)
+    if adapter.format == "mlx" and names_of == "4":  # whose experts are one by one in most files
+        adapter = _from_switch(adapter, checkpoint)
+    named = in_names(adapter)
+    if names_of == "4" and wanted.layout == "stacked":
+        _refuse_singles(named)
+    model, told = _laid(named, wanted, checkpoint)
+    return model, (*told, *_of_larger_rank(adapter, model))
+
+
+def _check_names(names_of: str | None, wanted: Wanted) -> None:
+    if names_of is not None and wanted.layout not in (None, "stacked", "each"):
+        raise OptionError(
+            "`names_of` is for names of PEFT's modules, and this layout of experts has its own",
+            got=wanted.layout,
+            expected="`experts=each`, `experts=stacked` or none",
+        )
+
+
+def _refuse_singles(adapter: Adapter) -> None:
+    single = next((g for g in sorted_experts(adapter, None).groups.values() if g.single), None)
+    if single is not None:
+        raise OptionError(
+            "classes of transformers 4 have these experts one by one",
+            got=f"`experts=stacked` and `names_of=4` of {single.owner}",
+            expected="`experts=each`, or `names_of=5`",
+        )
+
+
+def _others_in(adapter: Adapter, in_names: Callable[[Adapter], Adapter]) -> Adapter:
+    """Return an adapter whose modules but for experts have the target's names."""
+    others = {n: c for n, c in adapter.modules.items() if not _OF_EXPERTS.search(n)}
+    config = {**adapter.config, "target_parameters": None}
+    named = in_names(replace(adapter, modules=others, config=config))
+    experts = {n: c for n, c in adapter.modules.items() if n not in others}
+    modules = {**named.modules, **experts}
+    return retargeted(replace(named, modules=modules), modules)
 
 
 def _of_larger_rank(before: Adapter, after: Adapter) -> list[Finding]:
-    """Return what to tell of stacks that hold gate's and up's own factors, one beside the other."""
+    """Return findings about stacks that hold gate's and up's own factors, one beside the other."""
     ranks = [c.rank or 0 for name, c in before.modules.items() if _OF_EXPERTS.search(name)]
     largest = max(ranks, default=0)
     larger = [
@@ -105,18 +160,6 @@ def _of_larger_rank(before: Adapter, after: Adapter) -> list[Finding]:
 _OF_EXPERTS = re.compile(r"\b(?:experts|switch_mlp)\b")
 
 
-def _checkpoint(adapter: Adapter, base: Path | None) -> Checkpoint | None:
-    """Return a base's checkpoint; None if it is none, for formats that do with a configuration."""
-    if base is None or is_gguf(base):
-        return None
-    try:
-        return read_checkpoint(base)
-    except MissingFileError:
-        if adapter.format in NAMED:
-            raise
-        return None
-
-
 def _singles(
     adapter: Adapter, base: Checkpoint | None, in_names: Callable[[Adapter], Adapter]
 ) -> Adapter:
@@ -127,17 +170,20 @@ def _singles(
     """
     _refuse_flat(adapter)
     if adapter.format == "mlx":
-        return _from_switch(adapter)
+        return _from_switch(adapter, base)
     if adapter.format == "peft":
         if not _has_old_stacks(adapter):
             return adapter
         if base is None:
             raise UnsupportedError(
-                "these stacks have names of transformers 4, and the base tells what they hold",
+                "these stacks have names of transformers 4, and only the base shows what they hold",
                 path=adapter.source,
                 hint=base_hint(adapter),
             )
     return in_names(adapter) if adapter.format in ("gguf", "peft") else adapter
+
+
+_IN_ONE = re.compile(r"(?:^|\.)experts\.(?:mlp\.)?[a-z0-9_]+$")
 
 
 def _refuse_flat(adapter: Adapter) -> None:
@@ -148,7 +194,7 @@ def _refuse_flat(adapter: Adapter) -> None:
     """
     for change in adapter.modules.values():
         for parameter in change.layer.parameters:
-            if change.layer.kind != "experts" and not parameter.endswith(".weight"):
+            if change.layer.kind != "experts" and _IN_ONE.search(parameter):
                 raise UnsupportedError(
                     "experts of this model share a factor in one matrix, and no layout but PEFT's "
                     "own holds them",
@@ -171,7 +217,7 @@ def _has_old_stacks(adapter: Adapter) -> bool:
 def _one_by_one(adapter: Adapter) -> Adapter:
     """Return an adapter whose stacks of MLX, and joined gate and up, are single projections."""
     if adapter.format == "mlx":
-        return _from_switch(adapter)
+        return _from_switch(adapter, None)
     found = sorted_experts(replace(adapter, modules=_joined_singles(adapter)), None)
     if not found.groups:
         return adapter
@@ -206,21 +252,31 @@ def _uniform(adapter: Adapter) -> Adapter:
     return replace(adapter, modules={**adapter.modules, **of_one_rank(plain)})
 
 
-def _from_switch(adapter: Adapter) -> Adapter:
-    """Return an adapter of MLX with its stacks as single experts, under PEFT's names for them."""
+def _from_switch(adapter: Adapter, base: Checkpoint | None) -> Adapter:
+    """Return an adapter of MLX with its stacks as single experts, under PEFT's names for them.
+
+    Args:
+        adapter: of MLX.
+        base: the base model, whose class has a name of its own for the module that holds them.
+    """
+    names = None if base is None else Names(class_view(dequantised(base).checkpoint).checkpoint)
     modules: dict[str, ModuleChange] = {}
     for name, change in adapter.modules.items():
-        match = _SWITCH.fullmatch(name)
+        match = _SWITCH.fullmatch(name if names is None else names.spelling(name))
         if match is None or change.layer.kind != "experts":
             modules[name] = change
             continue
         part = change.require_factors()
         leaf = _OF_FC.get(match["leaf"], match["leaf"])
-        if match["block"].endswith(".block_sparse_moe"):
+        owner = f"{match['block']}.experts"
+        key = None if names is None else names.find(f"{owner}.down_proj")
+        if key is not None:
+            owner = key.rpartition(".")[0]
+        elif match["block"].endswith(".block_sparse_moe"):
             leaf = _OF_MIXTRAL[leaf]
         for expert in range(part.experts):
             single = replace(
                 part, a=part.a.matrix(expert), b=part.b.matrix(expert), layer=Layer("linear")
             )
-            modules[f"{match['block']}.experts.{expert}.{leaf}"] = ModuleChange(single)
+            modules[f"{owner}.{expert}.{leaf}"] = ModuleChange(single)
     return replace(adapter, modules=modules)

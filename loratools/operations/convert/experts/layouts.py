@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,13 +13,15 @@ from loratools.operations.convert.experts.apart import (
     shared_outer,
     whole,
 )
+from loratools.operations.convert.experts.counts import counted, told_count
 from loratools.operations.convert.experts.each import each
-from loratools.operations.convert.experts.filled import filled
+from loratools.operations.convert.experts.filled import filled, with_zeros
 from loratools.operations.convert.experts.groups import (
     Group,
     Order,
     Sorted,
     base_hint,
+    has_gate,
     order_of,
     sorted_experts,
     types_of,
@@ -30,7 +31,8 @@ from loratools.operations.convert.experts.stacked import nested, stacked
 from loratools.operations.convert.experts.stored_names import in_stored_names
 from loratools.operations.convert.experts.tinker_names import in_tinker_names
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.orientation import exchanged
 from loratools_formats.disk.errors import UnsupportedError
@@ -89,7 +91,8 @@ def laid_out(
         return _rest(adapter, wanted, found.others, ())
     made, told = _MAKERS[wanted.layout or _own(found)](adapter, wanted, found, base)
     if wanted.complete:
-        made = filled(made)
+        gated = any(has_gate(adapter, group, base) for group in found.groups.values())
+        made = filled(made, gated=gated)
     if wanted.layout == "each":
         made = in_stored_names(adapter, made, base)
     kept = adapter if set(made) == set(adapter.modules) else retargeted(adapter, made)
@@ -138,14 +141,15 @@ def _rest(
 
 
 def _as_stacked(adapter: Adapter, wanted: Wanted, found: Sorted, base: Checkpoint | None) -> _Made:
+    found = Sorted({o: _gated(adapter, g, base) for o, g in found.groups.items()}, found.others)
     made = dict(found.others)
     told: list[Finding] = []
     order: Order | None = None
     if any({"gate_proj", "gate_up_proj"} & set(g.single) for g in found.groups.values()):
         order, why = order_of(adapter, found.groups, base)
         told += why
-    experts = _count(adapter, found.groups, base)
-    told += _told_count(experts, base)
+    experts = counted(adapter, found.groups, base)
+    told += told_count(experts, base)
     turned = 0
     for owner, group in found.groups.items():
         stacks = stacked(group, order, experts.get(owner, 0))
@@ -157,9 +161,29 @@ def _as_stacked(adapter: Adapter, wanted: Wanted, found: Sorted, base: Checkpoin
     return made, tuple(told)
 
 
+def _gated(adapter: Adapter, group: Group, base: Checkpoint | None) -> Group:
+    """Return a layer that has zeros for a gate if up is adapted alone.
+
+    Raises:
+        UnsupportedError: whether the model has a gate is not told.
+    """
+    if "up_proj" not in group.single:
+        return group
+    gated = has_gate(adapter, group, base)
+    if gated is None:
+        raise UnsupportedError(
+            "whether the experts of the model have a gate, which is joined with up, is not known",
+            path=adapter.source,
+            tensor=group.owner,
+            got="up alone",
+            hint=base_hint(adapter),
+        )
+    return with_zeros(group, 0, gated=gated)
+
+
 def _told_turn(wanted: Wanted, turned: int) -> Finding:
     if wanted.peft == "0.18":
-        text = f"A of {turned} stacks is on the outputs now, as PEFT 0.17 and 0.18 read it"
+        text = f"A of {turned} stacks is now on the outputs, as PEFT 0.17 and 0.18 read it"
     else:
         text = (
             f"A of {turned} stacks was on the outputs, which PEFT 0.19.1 and later refuse or read "
@@ -177,15 +201,20 @@ def _on_side(
 ) -> tuple[dict[str, ModuleChange], int]:
     """Return stacks with A on the side where a release of PEFT has it, and how many were turned."""
     wants_swapped = _swaps(adapter, wanted, base, owner)
+    types = types_of(adapter, base)
+    lies = bool(types & (rules.TRANSPOSED_EXPERTS | rules.UNMARKED_TRANSPOSED)) if types else None
     made, turned = {}, 0
     for path, change in modules.items():
         was = adapter.modules.get(path)
         before = bool(was is not None and was.layer.swapped)
         swapped = before if wants_swapped is None else wants_swapped
         part = change.require_factors()
-        if swapped and part.layer.kind == "experts":
-            part = exchanged(part)
-            part = replace(part, layer=replace(part.layer, swapped=True))
+        if part.layer.kind == "experts":
+            part = exchanged(part) if swapped else part
+            layer = replace(part.layer, swapped=swapped)
+            if lies is not None:
+                layer = replace(layer, transposed_if_square=swapped != lies)
+            part = replace(part, layer=layer)
         made[path] = change.with_direction(part)
         turned += was is not None and before != swapped
     return made, turned
@@ -197,7 +226,7 @@ def _swaps(adapter: Adapter, wanted: Wanted, base: Checkpoint | None, owner: str
     if wanted.peft == "0.18":
         if not types:
             raise UnsupportedError(
-                "PEFT 0.18 puts A on the side that depends on the model, which is not known",
+                "in PEFT 0.18 the side of A depends on the model, and the model is not known",
                 path=adapter.source,
                 tensor=owner,
                 hint=base_hint(adapter),
@@ -232,24 +261,25 @@ def _as_each(adapter: Adapter, wanted: Wanted, found: Sorted, base: Checkpoint |
 
 def _as_3d(adapter: Adapter, wanted: Wanted, found: Sorted, base: Checkpoint | None) -> _Made:
     made = dict(found.others)
-    experts = _count(adapter, found.groups, base)
-    told = _told_count(experts, base)
+    experts = counted(adapter, found.groups, base)
+    told = told_count(experts, base)
     rounded: list[str] = []
-    for owner, one in found.groups.items():
-        if one.single and one.stacks:
+    for owner, adapted in found.groups.items():
+        if adapted.single and adapted.stacks:
             raise UnsupportedError(
-                "experts are adapted one by one and as a stack", path=adapter.source, tensor=owner
+                "the adapter has these experts both one by one and as a stack",
+                path=adapter.source,
+                tensor=owner,
             )
-        whole(one, experts.get(owner, 0))
-        group = one
-        if one.stacks and not set(one.stacks) <= {"gate_up_proj", "down_proj"}:
-            group = _apart(one)  # whose projections are read one by one
-        if one.single and set(one.single) <= {"gate_up_proj", "down_proj"}:  # read as parameters
+        group = _complete(adapted, experts.get(owner, 0), base)
+        if group.stacks and not set(group.stacks) <= _JOINED:
+            group = _apart(group)  # whose projections are read one by one
+        elif group.single and set(group.single) <= _JOINED:  # read as parameters
             order: Order | None = None
-            if "gate_up_proj" in one.single:
+            if "gate_up_proj" in group.single:
                 order, why = order_of(adapter, found.groups, base)
                 told += [finding for finding in why if finding not in told]
-            stacks = stacked(one, order, experts[owner])
+            stacks = stacked(group, order, experts[owner])
             group = Group(
                 owner, {c.layer.parameters[0].rpartition(".")[2]: c for c in stacks.values()}
             )
@@ -267,6 +297,21 @@ def _as_3d(adapter: Adapter, wanted: Wanted, found: Sorted, base: Checkpoint | N
     return made, tuple(told)
 
 
+_JOINED = {"gate_up_proj", "down_proj"}
+
+
+def _complete(group: Group, experts: int, base: Checkpoint | None) -> Group:
+    """Return a layer with all experts of its projections, zeros for those that the base has.
+
+    Raises:
+        UnsupportedError: one is missing, and no base shows that it is to be zero.
+    """
+    if base is not None and group.single:
+        group = with_zeros(group, experts, gated=False)
+    whole(group, experts)
+    return group
+
+
 def _apart(group: Group) -> Group:
     """Return a layer without gate, with its stacks as single experts."""
     singles: dict[str, dict[int, ModuleChange]] = {}
@@ -281,12 +326,14 @@ def _as_tinker(adapter: Adapter, wanted: Wanted, found: Sorted, base: Checkpoint
     made, told = _as_each(adapter, wanted, found, base)
     made = in_tinker_names(adapter, made, base)
     apart = sorted_experts(replace(adapter, modules=made), None)
-    experts = _count(adapter, apart.groups, base)
+    experts = counted(adapter, apart.groups, base)
     if any(group.single for group in found.groups.values()):
-        told = (*told, *_told_count(experts, base))
+        told = (*told, *told_count(experts, base))
     full = None
-    for owner, group in apart.groups.items():
-        whole(group, experts.get(owner, 0))
+    for owner, adapted in apart.groups.items():
+        group = _complete(adapted, experts.get(owner, 0), base)
+        for leaf, changes in group.single.items():
+            made |= {f"{owner}.{expert}.{leaf}": change for expert, change in changes.items()}
         try:
             shared_outer(group)
         except UnsupportedError:
@@ -307,75 +354,6 @@ _MAKERS = {
     "shared-outer": _as_3d,
     "tinker": _as_tinker,
 }
-
-
-def _count(
-    adapter: Adapter, groups: Mapping[str, Group], base: Checkpoint | None
-) -> dict[str, int]:
-    """Return how many experts each layer has.
-
-    Raises:
-        UnsupportedError: some are missing and no base tells how many there are.
-    """
-    stated = {} if base is None else _stated(base.config)
-    counts: dict[str, int] = {}
-    highest = max(
-        (expert for g in groups.values() for c in g.single.values() for expert in c), default=-1
-    )
-    for owner, group in groups.items():
-        numbers = {expert for changes in group.single.values() for expert in changes}
-        if not numbers:
-            continue
-        counts[owner] = stated.get("experts") or highest + 1
-        complete = any(len(c) == counts[owner] for c in group.single.values())
-        complete = complete and not _chooses_experts(adapter.config)
-        if max(numbers) >= counts[owner] or (base is None and not complete):
-            raise UnsupportedError(
-                "how many experts the layer has cannot be told"
-                if base is None
-                else "the base has fewer experts",
-                path=adapter.source,
-                tensor=owner,
-                got=f"{len(numbers)} experts, the last of number {max(numbers)}",
-                hint=base_hint(adapter) if base is None else None,
-            )
-    return counts
-
-
-def _chooses_experts(config: Mapping[str, Any]) -> bool:
-    """Return whether a configuration targets experts by their numbers, so that some may lack."""
-    for key in ("target_modules", "exclude_modules"):
-        targets = config.get(key)
-        named = [targets] if isinstance(targets, str) else targets or ()
-        if any(_NUMBERED.search(str(name)) for name in named):
-            return True
-    return False
-
-
-def _told_count(counts: Mapping[str, int], base: Checkpoint | None) -> list[Finding]:
-    """Return what to tell of numbers of experts that only the file tells."""
-    if base is not None or not counts:
-        return []
-    owner, count = next(iter(counts.items()))
-    text = (
-        f"layers are taken to have as many experts as the file adapts, {count} in {owner}; for a "
-        "model with more, `base` adds zeros for the others"
-    )
-    return [Finding("experts-laid-out", "note", owner, text)]
-
-
-_NUMBERED = re.compile(r"experts\W*[\d\[(]")
-_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-
-
-def _stated(config: Mapping[str, Any]) -> dict[str, int]:
-    sections: Iterable[Any] = (config, *config.values())
-    for section in sections:
-        if isinstance(section, Mapping):
-            for key in _COUNTS:
-                if isinstance(section.get(key), int) and section[key] > 0:
-                    return {"experts": section[key]}
-    return {}
 
 
 def retargeted(adapter: Adapter, modules: Mapping[str, ModuleChange]) -> Adapter:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from loratools.base.placement.changes import Span
 from loratools.base.placement.pieces import Piece, put_together
 from loratools.operations.convert.experts.groups import Group, Order
-from loratools_formats.core.adapter import Layer, ModuleChange
+from loratools_formats.core.change import Layer, ModuleChange
 from loratools_formats.core.peft_facts import declared
 from loratools_formats.disk.errors import UnsupportedError
 
@@ -27,7 +27,9 @@ def stacked(group: Group, order: Order | None, experts: int) -> dict[str, Module
         UnsupportedError: some experts are stacked and others not.
     """
     if group.single and group.stacks:
-        raise UnsupportedError("experts are adapted one by one and as a stack", tensor=group.owner)
+        raise UnsupportedError(
+            "the adapter has these experts both one by one and as a stack", tensor=group.owner
+        )
     found = dict(group.stacks)
     if group.single:
         leaves = set(group.single)
@@ -43,7 +45,8 @@ def stacked(group: Group, order: Order | None, experts: int) -> dict[str, Module
         for target, pieces in parts.items():
             out, in_ = pieces[0].delta.shape
             joins = target == "gate_up_proj" and "gate_proj" in leaves
-            layer = Layer("experts", parameters=(f"{group.owner}.{target}",), swapped=False)
+            name = f"{group.owner}.{target}"
+            layer = Layer("experts", (), (name,), transposed_if_square=None, swapped=False)
             made = put_together(pieces, experts, ((2 if joins else 1) * out, in_), layer)
             found[target] = ModuleChange(made)
     return nested(group.owner, found)

@@ -15,9 +15,12 @@ from loratools.base.placement.names import Names
 from loratools.base.placement.sites import stored_single
 from loratools.operations.convert.experts.groups import types_of
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import ModuleChange
 
-_SINGLE = re.compile(r"(?P<owner>.*\bmlp)\.(?P<expert>experts\.\d+)\.(?P<leaf>[a-z_]+_proj)")
+_SINGLE = re.compile(
+    r"(?P<owner>.*\b(?:mlp|block_sparse_moe))\.(?P<expert>experts\.\d+)\.(?P<leaf>[a-z_]+_proj)"
+)
 _LAYER = re.compile(r"(?P<head>(?:.*?\.)?\d+)\.(?P<tail>.+)")
 _OF_MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
@@ -42,8 +45,11 @@ def _called(names: Names | None, module: str, is_mixtral: bool) -> str:
     own, other = _LAYER.fullmatch(module), _LAYER.fullmatch(stored or "")
     if own is not None and other is not None:
         return f"{own['head']}.{other['tail']}"
-    single = _SINGLE.fullmatch(module) if is_mixtral else None
+    single = _SINGLE.fullmatch(module)
     if single is None or single["leaf"] not in _OF_MIXTRAL:
         return module
-    owner = single["owner"].removesuffix("mlp") + "block_sparse_moe"
+    block = single["owner"].rpartition(".")[2]
+    if block == "mlp" and not is_mixtral:
+        return module
+    owner = single["owner"].removesuffix(block) + "block_sparse_moe"
     return f"{owner}.{single['expert']}.{_OF_MIXTRAL[single['leaf']]}"

@@ -18,7 +18,8 @@ from loratools.base.placement.names import Names
 from loratools.operations.in_class_names import in_class_names
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.commands import command_on
-from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.tensors import TensorRef, in_memory
 from loratools_formats.disk.errors import UnsupportedError
 

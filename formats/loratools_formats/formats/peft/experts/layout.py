@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools_formats.core.adapter import ExpertLayout
-from loratools_formats.core.peft_facts import PREFIX
+from loratools_formats.core.peft_facts import PREFIX, owner
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.formats.peft.config import CONFIG_FILE, check_value
 from loratools_formats.formats.peft.patterns import match_patterns
@@ -128,7 +128,11 @@ def with_targets(
     """
     paths = {found[0] for name in tensors if (found := factor(name)) is not None}
     paths |= {match["path"] for name in tensors if (match := _EMBEDDING.fullmatch(name))}
-    leaves = {path.rpartition(".")[2] for path in paths if path not in stacks}
+    stated = [f".{each.rpartition('.')[0]}" for each in values.get("target_parameters") or ()]
+    whole = {
+        path for path in paths - stacks.keys() if not f".{owner(path)}".endswith(tuple(stated))
+    }
+    leaves = {path.rpartition(".")[2] for path in whole}
     kept = {key: value for key, value in values.items() if key != "target_parameters"}
     parameters = {*(values.get("target_parameters") or ()), *filter(None, stacks.values())}
     if parameters:

@@ -10,7 +10,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from loratools_formats.core.adapter import Adapter, LowRank
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import LowRank
+from loratools_formats.core.factors import alpha_of
 from loratools_formats.core.tensors import TensorRef, have_same_bits, joined
 from loratools_formats.disk.errors import UnsupportedError
 from loratools_formats.formats.peft.experts.layout import A, B, named
@@ -41,7 +43,7 @@ def is_packed(adapter: Adapter, path: str) -> bool:
 
 
 def packed_tensors(adapter: Adapter) -> Iterator[TensorRef]:
-    """Yield the factors that the layout stores otherwise than PEFT, under its names.
+    """Yield the factors that the layout does not store as PEFT does, under the layout's names.
 
     Raises:
         UnsupportedError: factors of one projection have different shapes.
@@ -135,14 +137,25 @@ def packed_config(adapter: Adapter, values: Mapping[str, Any]) -> dict[str, Any]
     """
     if adapter.write_as not in PACKED:
         return dict(values)
-    leaves = set()
+    leaves, others = set(), set()
     for path, change in adapter.modules.items():
         is_stack = change.layer.kind == "experts"
+        kept = {name for name in change.layer.parameters if not name.endswith(".weight")}
+        if kept and not is_stack:  # of a module that has parameters only, as shared experts have
+            others |= kept
+            continue
         leaves.add((change.layer.parameters[0] if is_stack else path).rpartition(".")[2])
     made = {key: value for key, value in values.items() if key != "target_parameters"}
     made["target_modules"] = sorted(leaves)
+    if others:
+        made["target_parameters"] = sorted(others)
     if adapter.write_as in TINKER:
         if made.get("rank_pattern") or made.get("alpha_pattern"):
-            raise UnsupportedError("Tinker's configuration has one rank and one alpha for all")
+            parts = [change.require_factors() for change in adapter.modules.values()]
+            if len({(part.rank, part.scale) for part in parts}) > 1:
+                raise UnsupportedError("Tinker's configuration has one rank and one alpha for all")
+            rank, scale = parts[0].rank, parts[0].scale  # the patterns are of modules left behind
+            made |= {"r": rank, "lora_alpha": alpha_of(rank, scale), "use_rslora": False}
+            made |= {"rank_pattern": {}, "alpha_pattern": {}}
         made["target_modules"] = "all-linear"
     return made

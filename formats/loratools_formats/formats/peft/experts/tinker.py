@@ -3,7 +3,8 @@
 w1 is gate, w3 is up and w2 is down; without a gate, w1 is up and w3 is empty. All experts share A
 of w1 and w3 and B of w2, which have a first axis of 1, or none does. `unembed_tokens` is the output
 layer. Parts of projections (`in_proj_q`, `x_proj`) keep their names: where they lie in the model's
-own projection is told by the base only. Source: `tinker_cookbook/weights/_adapter.py` at 9dfcc3a2.
+own projection is known only from the base. Source: `tinker_cookbook/weights/_adapter.py` at
+9dfcc3a2.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _PART = re.compile(r"(?:.*\.)?linear_attn\.in_proj_[qkv]")
 
 
 def about_parts(modules: Iterable[str]) -> list[Finding]:
-    """Return what to tell of modules that are parts of a projection, for which PEFT has none."""
+    """Return findings about modules that are parts of a projection; PEFT has no such modules."""
     names = list(modules)
     halves = _halves(names)
     parts = [name for name in names if _PART.fullmatch(name) or name in halves]

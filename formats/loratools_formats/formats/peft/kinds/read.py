@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools_formats.checkpoints.facts import is_embedding
-from loratools_formats.core.adapter import KindDelta, Layer, ModuleChange
+from loratools_formats.core.change import KindDelta, Layer, ModuleChange
 from loratools_formats.core.config_values import Values
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.kind_shapes import check_shapes

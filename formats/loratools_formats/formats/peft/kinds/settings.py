@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from loratools_formats.core.adapter import Missing, ModuleChange
+from loratools_formats.core.change import Missing, ModuleChange
 from loratools_formats.core.config_values import LOOPS, Values
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -159,7 +159,7 @@ def ia3(values: Values, module: Module) -> dict[str, Any]:
         return {"on_input": any(path.endswith(end) for end in found if isinstance(end, str))}
     if len(shape) != 2 or min(shape) != 1 or max(shape) == 1:
         raise UnsupportedError(
-            "whether inputs or outputs are scaled does not show",
+            "the tensors do not show whether inputs or outputs are scaled",
             tensor=module.parts["gain"].key,
             got=list(shape),
         )

@@ -1,0 +1,94 @@
+"""The names that other programs give to our commands and options, for messages about unknown names.
+
+A suggestion by likeness alone would name `--from` for `--force`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+COMMANDS = {
+    "apply": "fuse",
+    "average": "merge",
+    "bake": "fuse",
+    "combine": "merge",
+    "compress": "squeeze",
+    "diff": "compare",
+    "export": "convert",
+    "inspect": "info",
+    "lint": "check",
+    "list": "info",
+    "ls": "info",
+    "merge-and-unload": "fuse",
+    "prune": "squeeze",
+    "publish": "push",
+    "quantise": "quantize",
+    "reduce": "squeeze",
+    "resize": "squeeze",
+    "show": "info",
+    "shrink": "squeeze",
+    "stats": "spectrum",
+    "svd": "squeeze",
+    "truncate": "squeeze",
+    "upload": "push",
+    "validate": "check",
+    "version": "--version",
+}
+"""Commands of ours, by what others call them."""
+
+_OPTIONS = {
+    "--base-model": "--base",
+    "--bits": "--quant-type",
+    "--clobber": "--overwrite",
+    "--dim": "--rank",
+    "--energy-threshold": "--energy",
+    "--force": "--overwrite",
+    "--jobs": "--workers",
+    "--lora-rank": "--rank",
+    "--model": "--base",
+    "--network-dim": "--rank",
+    "--new-rank": "--rank",
+    "--num-workers": "--workers",
+    "--out": "--output",
+    "--out-file": "--output",
+    "--out-type": "--dtype",
+    "--outdir": "--out-dir",
+    "--output-dir": "--out-dir",
+    "--output-file": "--output",
+    "--precision": "--dtype",
+    "--replace": "--overwrite",
+    "--save-precision": "--dtype",
+    "--save-to": "--output",
+    "--target-rank": "--rank",
+    "--threads": "--workers",
+    "--torch-dtype": "--dtype",
+    "--type": "--quant-type",
+    "--yes": "--overwrite",
+    "-b": "--base",
+    "-f": "--overwrite",
+    "-j": "--workers",
+    "-w": "--workers",
+    "-y": "--overwrite",
+}
+_WEIGHTS = ("--weight", "--weights", "--scale", "--scales", "--alpha", "-w")
+_TAKE_WEIGHTS = ("merge", "fuse", "verify")
+_TO = ("--to", "--target-format", "--output-format", "--format")
+
+
+def other_option(flag: str, command: str, known: Collection[str]) -> str | None:
+    """Return what to type instead of an unknown flag, as a sentence; None if that is not known.
+
+    Args:
+        flag: as it was typed.
+        command: the command's name.
+        known: its flags.
+    """
+    typed = flag.replace("_", "-")
+    if flag in _WEIGHTS and command in _TAKE_WEIGHTS:
+        return "A weight follows its adapter: ADAPTER:0.5"
+    if typed in _TO and "--to" not in known:
+        return "To change the format: loratools convert ADAPTER -o NEW --to FORMAT"
+    meant = typed if typed in known else _OPTIONS.get(typed, "")
+    if typed == "--alpha" and "--set" in known:
+        return "Did you mean '--set alpha=VALUE'?"
+    return f"Did you mean '{meant}'?" if meant in known else None
