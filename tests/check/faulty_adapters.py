@@ -214,6 +214,12 @@ def of_another_naming(path):
     return single(path, arrays)
 
 
+def of_a_bare_body(path):
+    """Named as the body alone has them, which a class with an output layer keeps in `model`."""
+    bare = {key.replace(".model.model.", ".model."): array for key, array in tensors().items()}
+    return folder(path, bare)
+
+
 def unknown(path):
     return single(path, kohya(nobody_knows=np.ones(3, np.float32)))
 
@@ -425,6 +431,7 @@ CASES = {
     "LT218": (without_config, {"format": "safetensors"}),
     "LT409": lambda p: experts(p, lora_B_layout="grouped_by_expert"),
     "LT411": single_experts,
+    "LT412": (of_a_bare_body, {"base": base}),
     "LT517": (lambda p: single_experts(p, shared=False), {"target": ["unsloth"]}),
     "LT508": (lambda p: folder(p, use_rslora=True), {"target": ["sglang"]}),
     "LT514": (lambda p: folder(p, init_lora_weights="pissa"), {"target": ["vllm"]}),

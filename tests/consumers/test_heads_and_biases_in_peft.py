@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import peft_oracle
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import loratools as lt
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -113,6 +113,21 @@ def test_biases_of_a_saved_classifier_are_not_taken_for_further_tensors(tmp_path
         else:
             found = with_peft("roberta", folder)
         assert_close(found, wanted, "roberta")
+
+
+@pytest.mark.parametrize("infix", ["modules_to_save.default.", "modules_to_save."])
+def test_a_saved_head_under_its_wrappers_name_replaces_the_head(infix, tmp_path):
+    trained("llama", tmp_path, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    wanted = with_peft("llama", tmp_path / "lora")
+    file = tmp_path / "lora" / "adapter_model.safetensors"
+    renamed = {k.replace("lm_head.", f"lm_head.{infix}"): v for k, v in load_file(file).items()}
+    save_file(renamed, file)
+    lt.fuse(tmp_path / "base", tmp_path / "lora", output=tmp_path / "fused")
+    found = type(model("llama")).from_pretrained(tmp_path / "fused").double().eval()
+    assert_close(logits(found), wanted, "llama")
+    result = lt.squeeze(tmp_path / "lora", energy=1.0, output=tmp_path / "as-saved")
+    assert [f.code for f in result.findings] == ["wrapped-names"]
+    assert_close(with_peft("llama", tmp_path / "as-saved"), wanted, "llama")
 
 
 def test_a_bias_of_lora_b_is_no_dora_that_peft_loads(tmp_path):

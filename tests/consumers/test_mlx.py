@@ -157,3 +157,80 @@ def test_ranks_that_differ_are_refused_before_anything_is_written(make_model, tm
     )
     assert "the file needs one rank for these modules" in str(done.exception)
     assert not (tmp_path / "out").exists()
+
+
+BODIES = {
+    "gpt2": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4}, ["c_attn", "c_fc"]),
+    "gpt_neox": (
+        "GPTNeoX",
+        {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2,
+         "num_attention_heads": 4},
+        ["query_key_value", "dense_4h_to_h"],
+    ),
+    "gptj": ("GPTJ", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
+             ["q_proj", "fc_in"]),
+}  # fmt: skip
+OWN = {"n_ctx": 64, "rotary_emb_base": 1e4, "rotary_pct": 0.25, "rope_theta": 1e4}
+"""What mlx-lm's configurations have beside those of transformers 5."""
+
+
+@pytest.mark.parametrize("kind", BODIES)
+def test_bodies_that_are_called_otherwise_are_found_by_mlx_and_come_back(kind, tmp_path):
+    import importlib
+
+    import peft
+    import torch
+    import transformers
+    from mlx_lm.tuner.utils import load_adapters
+
+    name, sizes, targets = BODIES[kind]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**sizes, vocab_size=96)
+    cls = getattr(transformers, f"{name}LMHeadModel" if kind == "gpt2" else f"{name}ForCausalLM")
+    whole = cls(config)
+    whole.save_pretrained(tmp_path / "base")
+    lora = peft.LoraConfig(r=4, target_modules=targets, fan_in_fan_out=kind == "gpt2")
+    adapted = peft.get_peft_model(whole, lora)
+    for key, weight in adapted.named_parameters():
+        if "lora_" in key:
+            torch.nn.init.normal_(weight, std=0.3)
+    adapted.save_pretrained(tmp_path / "lora")
+    run("convert", tmp_path / "lora", tmp_path / "mlx", "--to", "mlx", "--base", tmp_path / "base")
+    module = importlib.import_module(f"mlx_lm.models.{kind}")
+    values = OWN | json.loads((tmp_path / "base" / "config.json").read_text())
+    model = module.Model(module.ModelArgs.from_dict(values))
+    model.freeze()
+    before = weights(model)
+    after = fused(load_adapters(model, str(tmp_path / "mlx")))
+    source = read_adapter(tmp_path / "lora")
+    moved = {name for name in before if (before[name] != after[name]).any()}
+    assert len(moved) == len(source.modules)
+    run("convert", tmp_path / "mlx", tmp_path / "back", "--to", "peft", "--base", tmp_path / "base")
+    back = read_adapter(tmp_path / "back")
+    assert back.modules.keys() == source.modules.keys()
+    for path, change in source.modules.items():
+        shape = change.shape
+        np.testing.assert_allclose(
+            effective_delta(path, back.modules[path], shape),
+            effective_delta(path, change, shape), rtol=0, atol=1e-6,
+        )  # fmt: skip
+    done = CliRunner().invoke(
+        cli, ["convert", str(tmp_path / "lora"), str(tmp_path / "x"), "--to", "mlx"]
+    )
+    assert "name the body differently" in str(done.exception)
+
+
+def test_layers_that_mlx_divides_otherwise_are_refused(tmp_path):
+    import peft
+    import transformers
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+             "num_attention_heads": 4, "vocab_size": 96}  # fmt: skip
+    model = transformers.NanoChatForCausalLM(transformers.NanoChatConfig(**sizes))
+    model.save_pretrained(tmp_path / "base")
+    peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    ).save_pretrained(tmp_path / "lora")
+    words = [tmp_path / "lora", tmp_path / "x", "--to", "mlx", "--base", tmp_path / "base"]
+    done = CliRunner().invoke(cli, ["convert", *map(str, words)])
+    assert "mlx-lm has no such layer" in str(done.exception)

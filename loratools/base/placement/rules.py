@@ -82,6 +82,7 @@ RENAMINGS = (
     Renaming(r"\b(experts\.\d+)\.w3\b", r"\1.up_proj", _WITH_EXPERTS),
     Renaming(r"\b(experts\.\d+)\.w2\b", r"\1.down_proj", _WITH_EXPERTS),
     Renaming(r"^embed_out\.", "lm_head.", frozenset({"gpt_neox"})),
+    Renaming(r"^h\.", "layers.", frozenset({"gpt_neox"})),  # mlx-lm's name
     Renaming(r"^encoder\.layer\.", "layers.", _VIT),
     Renaming(r"\battention\.attention\.query\b", "attention.q_proj", _VIT),
     Renaming(r"\battention\.attention\.key\b", "attention.k_proj", _VIT),

@@ -15,6 +15,7 @@ from loratools.base.tied import find_tie
 from loratools.naming.for_base import named_for_base
 from loratools.operations.check.rule import Found, Rule
 from loratools.operations.check.subject import CONFIG_FILE, Subject
+from loratools.operations.in_class_names import renamed_to_class
 from loratools_formats.checkpoints.facts import is_vocabulary
 from loratools_formats.contract.format import Context
 from loratools_formats.contract.registry import get_format
@@ -120,6 +121,24 @@ def _not_in_base(subject: Subject) -> Iterator[Found]:
         if not _replaces(names, module, leaf) and replacement.kind != "module":
             text = f"{replacement.target} meets no tensor of the base"
             yield Found(text, replacement.target)
+
+
+def _called_otherwise(subject: Subject) -> Iterator[Found]:
+    """Find modules that the base has, and its class calls otherwise than the adapter does."""
+    if subject.base is None or subject.adapter is None or not subject.is_peft:
+        return
+    try:
+        adapter = renamed_to_class(subject.adapter, subject.base.base)
+    except LoratoolsError:
+        return  # `not-in-base` and `wrong-shape` tell
+    pairs = zip(subject.adapter.modules.values(), subject.adapter.modules, strict=True)
+    called = {id(change.direction): name for name, change in adapter.modules.items()}
+    moved = [(name, called.get(id(change.direction), name)) for change, name in pairs]
+    moved = [(name, own) for name, own in moved if name != own]
+    if moved:
+        (name, own), count = moved[0], len(moved)
+        more = f", and {count - 1} more are called otherwise" if count > 1 else ""
+        yield Found(f"{name} is {own} in the base's class, where PEFT looks for it{more}", name)
 
 
 def _has_place(names: Names, name: str, change: ModuleChange) -> bool:
@@ -290,6 +309,15 @@ RULES = (
         "`loratools convert ADAPTER -o NEW --names FILE.toml`.",
         "vLLM issues 34186, 48019, 34591, 41754 and 55193",
         _not_in_base,
+    ),
+    Rule(
+        "LT412", "called-otherwise", "warning",
+        "The base's class calls a module otherwise than the adapter does (with `base`).",
+        "PEFT looks for modules by the names that the class has in memory, and drops others with a "
+        "warning; transformers renames those of some classes that it has renamed itself.",
+        "Rename them: `loratools convert ADAPTER -o NEW --to peft --base BASE`.",
+        "`set_peft_model_state_dict` in peft 0.21.2, run",
+        _called_otherwise,
     ),
     Rule(
         "LT407", "wrong-shape", "error",

@@ -56,6 +56,21 @@ _STACK = re.compile(
 )
 _OF_NEMOTRON = {"up_proj": "fc1", "down_proj": "fc2"}
 _EXPERTS = re.compile(r"(?:^|\.)(?:switch_mlp|experts)(?:\.|$)")
+_BODIES = {
+    "gpt2": (("transformer.", "model."),),
+    "gptj": (("transformer.", "model."),),
+    "gpt_neox": (("gpt_neox.layers.", "model.h."), ("embed_out", "model.embed_out")),
+}
+"""By model type, how names begin in transformers and in mlx-lm, where they differ."""
+_NOT_IN_MLX = {
+    "nanochat": re.compile(r".+"),
+    "bailing_hybrid": re.compile(r".+"),
+    "minimax": re.compile(r".+\.self_attn\.(?:qkv_proj|out_proj|output_gate)"),
+    "deepseek_v32": re.compile(r".+\.kv_b_proj"),
+    "glm_moe_dsa": re.compile(r".+\.kv_b_proj"),
+}
+"""By model type, the modules that mlx-lm 0.32 divides otherwise."""
+_OTHER_BODY = re.compile(r"(?:transformer\.h|gpt_neox\.layers|model\.h)\.|(?:model\.)?embed_out$")
 _SEVERAL_PARTS = re.compile(r"^(?:model\.)?(?:language_model|vision_tower|visual|vision_model)\.")
 
 
@@ -96,6 +111,8 @@ def in_target_names(
     """
     checkpoint = checkpoint_of(adapter, base)
     if checkpoint is not None:
+        if adapter.format == "mlx":
+            adapter = _with_bodies(adapter, checkpoint, to_mlx=False)
         adapter = in_class_names([adapter], checkpoint, as_stored=as_stored)[0]
     elif adapter.format != target:
         _refuse_names(adapter, target)
@@ -125,8 +142,9 @@ def with_flat_experts(adapter: Adapter, base: Path | None) -> Adapter:
 def _refuse_names(adapter: Adapter, target: str) -> None:
     for module, change in adapter.modules.items():
         experts = change.layer.kind == "experts" or _EXPERTS.search(module) is not None
-        if experts or _SEVERAL_PARTS.match(module):
-            what = "experts" if experts else "the parts of a model"
+        body = _OTHER_BODY.match(module) is not None
+        if experts or body or _SEVERAL_PARTS.match(module):
+            what = "experts" if experts else "the body" if body else "the parts of a model"
             raise UnsupportedError(
                 f"PEFT and mlx-lm name {what} differently",
                 path=adapter.source,
@@ -136,8 +154,38 @@ def _refuse_names(adapter: Adapter, target: str) -> None:
             )
 
 
+def _with_bodies(adapter: Adapter, base: Checkpoint, *, to_mlx: bool) -> Adapter:
+    """Return an adapter whose names begin as mlx-lm's do, or as PEFT's, where they differ."""
+    pairs = [pair for kind in model_types(base.config) for pair in _BODIES.get(kind, ())]
+
+    def called(name: str) -> str:
+        for pair in pairs:
+            old, new = pair if to_mlx else pair[::-1]
+            if name.startswith(old):
+                return new + name.removeprefix(old)
+        return name
+
+    modules = {called(name): change for name, change in adapter.modules.items()}
+    return replace(adapter, modules=modules) if pairs else adapter
+
+
+def _refuse_other_layers(adapter: Adapter, base: Checkpoint) -> None:
+    for kind in sorted(model_types(base.config) & _NOT_IN_MLX.keys()):
+        for module in adapter.modules:
+            if _NOT_IN_MLX[kind].fullmatch(module):
+                raise UnsupportedError(
+                    f"mlx-lm has no such layer in its models of type {kind}",
+                    path=adapter.source,
+                    tensor=module,
+                    hint="Fuse the adapter into its base instead: loratools fuse BASE ADAPTER "
+                    "-o FUSED",
+                )
+
+
 def _for_mlx(adapter: Adapter, base: Checkpoint) -> Adapter:
     _refuse_tied_head(adapter, base)
+    _refuse_other_layers(adapter, base)
+    adapter = _with_bodies(adapter, base, to_mlx=True)
     modules: dict[str, ModuleChange] = {}
     several = isinstance(base.config.get("text_config"), Mapping)
     is_nemotron = "nemotron_h" in model_types(base.config)

@@ -27,6 +27,7 @@ _IN_MEMORY = re.compile(
 )
 _ON_DISK = re.compile(rf".+\.(?:{_PARTS})(?:\.weight|\.bias)?")
 _SAVED_MODULE = re.compile(r"(.+)\.modules_to_save\.([^.]+)\.(.+)")
+_SAVED_BARE = re.compile(r"(.+)\.modules_to_save\.(weight|bias)")
 _WITHOUT_LEAF = ("lora_magnitude_vector",)
 
 
@@ -46,6 +47,7 @@ def as_saved(
         _apply(names, unwrapped)
     _without_head(names, seen)
     _without_adapter(names, seen, folder)
+    _without_copies(names, seen)
     if all(not name.startswith(PREFIX) for name in names.values()) and any(
         _ON_DISK.fullmatch(name) for name in names.values()
     ):
@@ -83,6 +85,22 @@ def _without_head(names: dict[str, str], seen: list[str]) -> None:
             seen.append("module")
             kept = head.removesuffix("module.")
             names.update({old: kept + name.removeprefix(head) for old, name in names.items()})
+
+
+def _without_copies(names: dict[str, str], seen: list[str]) -> None:
+    """Give the trained copies of saved modules the names of the modules, where these are missing.
+
+    Beside them they are repeated, and stay.
+    """
+    known = set(names.values())
+    own: dict[str, str] = {}
+    for name in known:
+        match = _SAVED_MODULE.fullmatch(name) or _SAVED_BARE.fullmatch(name)
+        if match is not None and (new := f"{match[1]}.{match[match.re.groups]}") not in known:
+            own[name] = new
+    if own:
+        seen.append("modules_to_save")
+        _apply(names, lambda name: own.get(name, name))
 
 
 def _without_adapter(names: dict[str, str], seen: list[str], folder: Path) -> None:
