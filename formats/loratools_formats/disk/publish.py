@@ -20,7 +20,7 @@ from pathlib import Path
 
 from loratools_formats.disk.errors import LoratoolsError, OutputError, OutputExistsError
 from loratools_formats.disk.renames import exchange, rename_new, unlink
-from loratools_formats.disk.temporaries import temporary_beside
+from loratools_formats.disk.temporaries import is_temporary, temporary_beside
 
 _OLD = ".old"
 _LARGEST_BESIDE = 64 << 20
@@ -59,6 +59,8 @@ def publish_with(
 ) -> Iterator[tuple[Path, Mapping[str, bytearray]]]:
     """Yield a temporary path, and what to write beside the output; publish all of it or nothing.
 
+    Inside a folder that is being published itself nothing is flushed: the folder is, at its end.
+
     Args:
         path: where the output is to be.
         beside: for each file `<path>.<name>`, bytes that every such file of ours holds. A file that
@@ -77,6 +79,7 @@ def publish_with(
     old_mode = _check_target(path, target, overwrite, folder=False)
     check_beside(path, beside, overwrite=overwrite)
     temporary = temporary_beside(target)
+    flushed_later = is_temporary(target.parent)
     contents = {name: bytearray() for name in beside}
     placed: list[_Placed] = []
     with _os_errors_named(path):
@@ -84,7 +87,8 @@ def publish_with(
             mode = _mode_of_new_file(temporary) if old_mode is None else old_mode
             yield temporary, contents
             os.chmod(temporary, mode)
-            sync_file(temporary)
+            if not flushed_later:
+                sync_file(temporary)
             for name, content in contents.items():
                 if content:
                     placed.append(_put_beside(Path(f"{os.fspath(path)}.{name}"), content))
@@ -100,7 +104,8 @@ def publish_with(
             raise
     for one in placed:
         one.keep()
-    _make_durable(path, target)
+    if not flushed_later:
+        _make_durable(path, target)
 
 
 def check_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:

@@ -41,6 +41,11 @@ def temporary_beside(target: Path) -> Path:
     return temporary_beside(target) if os.path.lexists(name) else name
 
 
+def is_temporary(path: Path) -> bool:
+    """Return whether a path has the name of a temporary."""
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
 @contextlib.contextmanager
 def temporary_folder(name: str) -> Iterator[Path]:
     """Yield an empty folder among the system's temporary files, which goes at the end.
