@@ -62,6 +62,23 @@ def test_a_side_that_three_dimensions_tell_is_kept(name, leaf, tmp_path):
                 assert which in ("squeeze", "merge")
 
 
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_merge_with_the_base_has_the_side_that_peft_has_now(name, tmp_path):
+    model = Model(name, WIDTH, tmp_path)
+    adapter = model.adapter("a", [p for p in model.parameters if p.endswith("down_proj")])
+    wanted = model.change(adapter)
+    lt.convert(adapter, experts="stacked", peft_layout="0.18", base=model.base,
+               output=tmp_path / "old")  # fmt: skip
+    assert lt.read(tmp_path / "old").config["peft_version"] == "0.18.1"
+    stated(tmp_path / "old", "0.18.1")
+    assert off(model.fused(tmp_path / "old"), wanted) <= ROUNDING
+    for index, pair in enumerate(([adapter, tmp_path / "old"], [tmp_path / "old", adapter])):
+        out = tmp_path / f"m{index}"
+        lt.merge(pair, base=model.base, output=out)
+        assert off(model.change(out), wanted, wanted) <= 2.0**-48
+        assert off(model.fused(out), wanted, wanted) <= ROUNDING
+
+
 @pytest.mark.parametrize("release", [None, "0.18.1", "0.21.2"])
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_sibling_that_told_the_side_may_be_taken_out(name, release, tmp_path):

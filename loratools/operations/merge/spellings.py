@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from loratools.folding.expert_sides import on_side_of_peft, with_sides
+from loratools.folding.expert_sides import on_side_of_peft, straightened, with_sides
 from loratools.operations.in_class_names import in_class_names
 from loratools.operations.merge.align import MergeInput
 from loratools.operations.name_clash import called, name_clash
@@ -85,7 +85,16 @@ def _renamed(inputs: Sequence[MergeInput], base: Checkpoint) -> list[MergeInput]
 
 
 def _as_peft_has(item: MergeInput, adapter: Adapter, base: Checkpoint) -> MergeInput:
-    """Return an input with an adapter, whose stacks are as PEFT reads them if its file has none."""
+    """Return an input with an adapter, whose stacks are as PEFT reads them if its file has none.
+
+    Stacks of a file stay on their side, but for square ones: no shape tells a loader theirs.
+    """
     layout = item.adapter.expert_layout
-    keeps = layout is not None and layout.name == "stacked"
-    return replace(item, adapter=adapter if keeps else on_side_of_peft(adapter, base))
+    if layout is None or layout.name != "stacked":
+        return replace(item, adapter=on_side_of_peft(adapter, base))
+    shapes = {
+        c.factors.shape for c in adapter.modules.values() if c.factors and c.layer.kind == "experts"
+    }
+    if any(out == in_ for out, in_ in shapes):
+        adapter = on_side_of_peft(straightened(adapter), base)
+    return replace(item, adapter=adapter)

@@ -106,10 +106,9 @@ def _is_told(path: str, part: LowRank, seen: _Flat) -> bool:
         return told == part.layer.swapped
     if part.shape[0] != part.shape[1]:
         return True  # the shape of the base's parameter will tell
-    return (
-        release(seen.config) is None
-        and _peft_has(seen.config.values, path, part) == part.layer.swapped
-    )
+    if release(seen.config) is not None:  # its reader takes the parameter to be (E, in, out)
+        return part.layer.transposed_if_square is True
+    return _peft_has(seen.config.values, path, part) == part.layer.swapped
 
 
 def _seen(adapter: Adapter) -> _Flat | None:
