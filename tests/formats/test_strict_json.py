@@ -26,6 +26,7 @@ BAD = {
     "minus Infinity": (b"[-Infinity]", "-Infinity"),
     "integer of 21 digits": (b"1" * 21, "21 digits"),
     "integer of 100,000 digits": (b"-" + b"1" * 100_000, "100001 digits"),
+    "minus zero": (b'{"data_offsets": [-0, 128]}', "-0"),
     "100,000 lists": (b"[" * 100_000, "deep"),
     "100,000 objects": (b'{"a":' * 100_000, "deep"),
     "control character": (b'"a\nb"', "control"),

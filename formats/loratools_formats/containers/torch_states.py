@@ -24,6 +24,7 @@ from loratools_formats.disk.errors import AdapterError
 
 ARCHIVE_START, PICKLE_START = b"PK\x03\x04", b"\x80"
 NO_TORCH_ARCHIVE = "is not an archive of torch"
+_LATEST_VERSION = 10  # `kMaxSupportedFileFormatVersion` of torch 2.13
 _LARGEST_PICKLE = 64 << 20
 _MOST_AXES = 8
 _MOST_TENSORS = 200_000
@@ -211,6 +212,15 @@ def _from_archive(file: Bytes) -> tuple[object, Callable[[Storage], int]]:
     order = members.get(top + b"byteorder")
     if order is not None and _content(file, order) != b"little":
         raise AdapterError("pickled weights are big-endian", hint=_SAVE_AGAIN)
+    version = members.get(top + b"version")
+    number = b"" if version is None else _content(file, version).strip()
+    if version is not None and not (number.isdigit() and int(number[:9]) <= _LATEST_VERSION):
+        raise AdapterError(
+            "is an archive of a version of torch's format that is not known",
+            got=number[:9].decode("ascii", "backslashreplace"),
+            expected=f"at most {_LATEST_VERSION}",
+            hint=_SAVE_AGAIN,
+        )
 
     def begin(storage: Storage) -> int:
         member = members.get(top + b"data/" + storage.key.encode())

@@ -177,7 +177,9 @@ def parsed_statement(data: bytes, path: str | os.PathLike[str]) -> dict[str, Any
     named: dict[str, Any] = _with_names(found)
     flaw = _flaw(named)
     if flaw is not None:
-        raise AdapterError(f"the statement is malformed: {flaw} is of the wrong type", path=path)
+        raise AdapterError(
+            f"the statement is malformed: {flaw} has another form than ours", path=path
+        )
     return named
 
 
@@ -201,9 +203,11 @@ def is_sound(value: Any) -> bool:
 
 def _flaw(statement: Mapping[str, Any]) -> str | None:
     """Return which part has another form than ours have; None if none has."""
-    subject: Any = statement.get("subject")
-    if not _are_files(subject) or not all(_is_inside(one.get("name", "")) for one in subject):
+    subject = statement.get("subject")
+    if not _are_files(subject):
         return "the list of subjects"
+    if not all(_is_inside(one.get("name", "")) for one in _as_list(subject)):
+        return "the name of a subject"
     return _flaw_of_predicate(statement.get("predicate"))
 
 
@@ -211,8 +215,8 @@ def _flaw_of_predicate(predicate: Any) -> str | None:
     if not isinstance(predicate, dict):
         return "the predicate"
     call = predicate.get("call", {})
-    forms: list[tuple[Mapping[str, Any], str, type]]
-    forms = [(predicate, name, dict) for name in ("tool", "options", "environment", "steps")]
+    forms: list[tuple[dict[str, Any], str, type]] = []
+    forms += [(predicate, name, dict) for name in ("tool", "options", "environment", "steps")]
     forms += [(predicate, "history", list), (predicate, "call", dict)]
     if isinstance(call, dict):
         forms += [(call, name, dict) for name in ("arguments", "options")]

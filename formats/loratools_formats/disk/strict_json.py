@@ -40,6 +40,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _integer(text: str) -> int:
     if len(text) > MAX_INTEGER_DIGITS:
         raise StrictJsonError(f"integer of {len(text)} digits")
+    if text == "-0":  # a float to parsers that know unsigned integers, such as that of safetensors
+        raise StrictJsonError("-0 is no integer")
     return int(text)
 
 
@@ -85,7 +87,7 @@ def loads(
     if text.startswith("\ufeff"):
         raise StrictJsonError("starts with a byte order mark")
     # Python's own way to read integers is much faster than a function that counts their digits.
-    integer = _integer if _LONG_INTEGER.search(text) else None
+    integer = _integer if _LONG_INTEGER.search(text) or "-0" in text else None
     try:
         value = json.loads(
             text,

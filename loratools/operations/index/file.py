@@ -24,7 +24,7 @@ from loratools_formats.containers.safetensors_write import safetensors_nbytes, w
 from loratools_formats.core.dtypes import Array
 from loratools_formats.core.tensors import TensorRef, in_memory
 from loratools_formats.disk import strict_json
-from loratools_formats.disk.errors import AdapterError, UnsupportedError
+from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError
 
 METADATA_KEY = "loratools_index"
 VERSION = 2
@@ -164,6 +164,8 @@ def read_index(path: str | os.PathLike[str]) -> Index:
     opened = read_safetensors(path)
     try:
         return _parsed(opened, Path(path))
+    except LoratoolsError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"not a sound index: {error}", path=path, hint=_AGAIN) from error
     finally:
