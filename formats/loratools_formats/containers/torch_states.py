@@ -1,23 +1,27 @@
 """What a file of `torch.save` says of its tensors: where each lies, and how; torch is not needed.
 
 Both containers are read, the archive of torch 1.6 and later and the plain pickles before it. Only
-maps of names to dense tensors are understood. The globals that make those are data here: a storage
-is a stretch of the file, and a tensor a view of one, which must lie within it. Anything else that a
-pickle names is refused by that name.
+maps of names to dense tensors are understood (`torch_globals.py`); a tensor must lie within its
+storage, and the storage within the file.
 
-Source: `torch/serialization.py` (`_save`, `_legacy_save`) and the functions of `torch/_utils.py`
-whose names begin with `_rebuild_`, of torch 2.13.
+Source: `torch/serialization.py` (`_save`, `_legacy_save`) of torch 2.13.
 """
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from loratools_formats.containers.pickle_machine import Global, Machine, malformed
+from loratools_formats.containers.pickle_machine import Machine, malformed
+from loratools_formats.containers.torch_globals import (
+    SAVE_AGAIN,
+    Storage,
+    View,
+    called,
+    kind_of,
+    persistent,
+)
 from loratools_formats.containers.zip_members import Bytes, Member, data_offset, zip_members
 from loratools_formats.core.dtypes import DTYPES
 from loratools_formats.disk.errors import AdapterError
@@ -26,64 +30,11 @@ ARCHIVE_START, PICKLE_START = b"PK\x03\x04", b"\x80"
 NO_TORCH_ARCHIVE = "is not an archive of torch"
 _LATEST_VERSION = 10  # `kMaxSupportedFileFormatVersion` of torch 2.13
 _LARGEST_PICKLE = 64 << 20
-_MOST_AXES = 8
 _MOST_TENSORS = 200_000
 _MOST_SHARING = 2  # tied embeddings are stored once under two names
 _MOST_SAME = 4096
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-_SAVE_AGAIN = "Load them with torch where you trust them, and save the tensors as safetensors"
-_STORAGES = {
-    "Float": "F32", "Double": "F64", "Half": "F16", "BFloat16": "BF16", "Byte": "U8", "Char": "I8",
-    "Short": "I16", "Int": "I32", "Long": "I64", "Bool": "BOOL", "ComplexFloat": "C64",
-}  # fmt: skip
-_OF_TORCH = {dtype.torch: code for code, dtype in DTYPES.items() if dtype.torch is not None}
 _WRAPPED = ("model_state_dict",)  # as the examples of loralib save theirs
-
-
-@dataclass(frozen=True)
-class Storage:
-    """A stretch of numbers; `code` is None if only the tensors say of which type."""
-
-    key: str
-    code: str | None
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class View:
-    """A tensor: elements of a storage from an offset on, some steps apart along each axis."""
-
-    storage: Storage
-    code: str
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    @property
-    def bits(self) -> int:
-        """Size of an element as torch counts them: pairs of four bits are one."""
-        return max(8, DTYPES[self.code].bits)
-
-    @property
-    def nbytes(self) -> int:
-        """Size of all elements."""
-        return math.prod(self.shape) * self.bits // 8
-
-    @property
-    def is_contiguous(self) -> bool:
-        """Whether the elements lie one behind the other, in order."""
-        expected = 1
-        for size, stride in zip(self.shape[::-1], self.strides[::-1], strict=True):
-            if size != 1 and stride != expected:
-                return False
-            expected *= size
-        return True
-
-    @property
-    def extent(self) -> int:
-        """Bytes from the first element to behind the last."""
-        steps = sum((n - 1) * step for n, step in zip(self.shape, self.strides, strict=True))
-        return (steps + 1) * self.bits // 8 if math.prod(self.shape) else 0
 
 
 @dataclass(frozen=True)
@@ -131,10 +82,10 @@ def tensors_in(file: Bytes) -> list[Found]:
         same_as = None if twin == name else twin
         found.append(Found(name, view.code, _shape(name, view), begin, steps, same_as))
     if (count := sum(one.same_as is not None for one in found)) > _MOST_SAME:
-        raise AdapterError(f"{count} tensors have several names", hint=_SAVE_AGAIN)
+        raise AdapterError(f"{count} tensors have several names", hint=SAVE_AGAIN)
     if total > _MOST_SHARING * file.nbytes:
         raise AdapterError(
-            f"tensors share storage and claim {total} bytes, many times the file", hint=_SAVE_AGAIN
+            f"tensors share storage and claim {total} bytes, many times the file", hint=SAVE_AGAIN
         )
     return found
 
@@ -144,7 +95,7 @@ def _shape(name: str, view: View) -> tuple[int, ...]:
     if DTYPES[view.code].bits >= 8:
         return view.shape
     if not view.shape or not view.is_contiguous:
-        raise AdapterError("four-bit tensor is not contiguous", tensor=name, hint=_SAVE_AGAIN)
+        raise AdapterError("four-bit tensor is not contiguous", tensor=name, hint=SAVE_AGAIN)
     return (*view.shape[:-1], view.shape[-1] * 2)
 
 
@@ -154,23 +105,17 @@ def _views(state: object) -> dict[str, View]:
         state = inner if isinstance(inner, dict) else state
     if not isinstance(state, dict):
         raise AdapterError(
-            f"content is of type {_kind(state)}, not a map of names to tensors", hint=_SAVE_AGAIN
+            f"content is of type {kind_of(state)}, not a map of names to tensors", hint=SAVE_AGAIN
         )
     if len(state) > _MOST_TENSORS:
         raise AdapterError("too many tensors", got=len(state), expected=f"at most {_MOST_TENSORS}")
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, View):
             raise AdapterError(
-                f"entry {name!r} is of type {_kind(value)}, not a tensor with a name",
-                hint=_SAVE_AGAIN,
+                f"entry {name!r} is of type {kind_of(value)}, not a tensor with a name",
+                hint=SAVE_AGAIN,
             )
     return state
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, View):
-        return "Tensor"
-    return value.name if isinstance(value, Global) else type(value).__name__
 
 
 def _storages(views: dict[str, View], file_nbytes: int) -> dict[str, Storage]:
@@ -208,10 +153,10 @@ def _from_archive(file: Bytes) -> tuple[object, Callable[[Storage], int]]:
         )
     top = tops[0]
     if top + b"constants.pkl" in members:
-        raise AdapterError("is a TorchScript program, not a state dict", hint=_SAVE_AGAIN)
+        raise AdapterError("is a TorchScript program, not a state dict", hint=SAVE_AGAIN)
     order = members.get(top + b"byteorder")
     if order is not None and _content(file, order) != b"little":
-        raise AdapterError("pickled weights are big-endian", hint=_SAVE_AGAIN)
+        raise AdapterError("pickled weights are big-endian", hint=SAVE_AGAIN)
     version = members.get(top + b"version")
     number = b"" if version is None else _content(file, version).strip()
     if version is not None and not (number.isdigit() and int(number[:9]) <= _LATEST_VERSION):
@@ -219,7 +164,7 @@ def _from_archive(file: Bytes) -> tuple[object, Callable[[Storage], int]]:
             "is an archive of a version of torch's format that is not known",
             got=number[:9].decode("ascii", "backslashreplace"),
             expected=f"at most {_LATEST_VERSION}",
-            hint=_SAVE_AGAIN,
+            hint=SAVE_AGAIN,
         )
 
     def begin(storage: Storage) -> int:
@@ -255,12 +200,12 @@ def _from_pickles(file: Bytes) -> tuple[object, Callable[[Storage], int]]:
         if place < 2 and value != (_LEGACY_MAGIC, _LEGACY_PROTOCOL)[place]:
             raise AdapterError(
                 "is a pickle that torch.save did not make",
-                got=f"a {_kind(values[0])}",
-                hint=_SAVE_AGAIN,
+                got=f"a {kind_of(values[0])}",
+                hint=SAVE_AGAIN,
             )
     _, _, system, state, keys = values
     if not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise AdapterError("pickled weights are big-endian", hint=_SAVE_AGAIN)
+        raise AdapterError("pickled weights are big-endian", hint=SAVE_AGAIN)
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise malformed("a list of storages that is no list")
     behind = at
@@ -304,140 +249,5 @@ def _legacy_starts(
 
 
 def _run(data: bytes, at: int = 0) -> tuple[object, int]:
-    machine = Machine(data, _persistent, _call, at)
+    machine = Machine(data, persistent, called, at)
     return machine.run(), machine.at
-
-
-def _persistent(identifier: object) -> Storage:
-    """Return a storage from ("storage", type, key, device, count) and, before 1.6, a view."""
-    if not isinstance(identifier, tuple) or len(identifier) not in (5, 6):
-        raise malformed("a persistent identifier that is no storage")
-    if identifier[0] != "storage" or identifier[5:] not in ((), (None,)):
-        raise malformed("a persistent identifier that is no storage")
-    _, kind, key, _, count = identifier[:5]
-    if not isinstance(kind, Global) or not isinstance(key, str) or not _is_count(count):
-        raise malformed("a storage without type, key or size")
-    name = kind.name.removeprefix("torch.cuda.").removeprefix("torch.storage.")
-    name = name.removeprefix("torch.").removesuffix("Storage")
-    if name == "Untyped":
-        return Storage(key, None, count)
-    if name not in _STORAGES:
-        raise AdapterError("unsupported type of numbers", got=kind.name, hint=_SAVE_AGAIN)
-    return Storage(key, _STORAGES[name], count * DTYPES[_STORAGES[name]].bits // 8)
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < 1 << 62
-
-
-def _call(name: str, arguments: tuple[Any, ...]) -> object:
-    """Return what a call of a global makes, as data.
-
-    Raises:
-        AdapterError: it is not one of those that a state dict consists of.
-    """
-    maker = _MAKERS.get(name)
-    if maker is None:
-        raise AdapterError(
-            "pickled weights are not a plain map of names to tensors",
-            got=f"a call of {name}",
-            hint=_SAVE_AGAIN,
-        )
-    try:
-        return maker(*arguments)
-    except TypeError as error:
-        raise malformed(f"{name} with {len(arguments)} arguments") from error
-
-
-def _map(pairs: list[Any] | None = None) -> dict[object, object]:
-    made: dict[object, object] = {}
-    for pair in [] if pairs is None else pairs:
-        if type(pair) not in (list, tuple) or len(pair) != 2 or not isinstance(pair[0], str):
-            raise malformed("a map that is no list of names and values")
-        if pair[0] in made:
-            raise malformed(f"two entries of one name: {pair[0]}")
-        made[pair[0]] = pair[1]
-    return made
-
-
-def _size(values: object = ()) -> tuple[Any, ...]:
-    if not isinstance(values, tuple):
-        raise malformed("a size that is no tuple")
-    return values
-
-
-def _tensor(
-    storage: object,
-    offset: object,
-    shape: object,
-    strides: object,
-    _gradient: object = False,
-    _hooks: object = None,
-    metadata: object = None,
-    *,
-    code: str | None = None,
-) -> View:
-    if not isinstance(storage, Storage):
-        raise malformed("a tensor without a storage")
-    if not isinstance(shape, tuple) or not isinstance(strides, tuple) or len(shape) > _MOST_AXES:
-        raise malformed("a tensor without a shape")
-    if len(shape) != len(strides) or not all(map(_is_count, (offset, *shape, *strides))):
-        raise malformed("a tensor with an impossible shape or stride")
-    if isinstance(metadata, dict) and any(metadata.values()):
-        raise AdapterError("tensor is conjugate or negated", hint=_SAVE_AGAIN)
-    code = code or storage.code
-    if code is None:
-        raise malformed("a tensor without a type")
-    assert isinstance(offset, int)
-    return View(storage, code, offset, shape, strides)
-
-
-def _tensor_of_type(
-    storage: object,
-    offset: object,
-    shape: object,
-    strides: object,
-    gradient: object,
-    hooks: object,
-    dtype: object,
-    metadata: object = None,
-) -> View:
-    name = dtype.name.removeprefix("torch.") if isinstance(dtype, Global) else ""
-    if name not in _OF_TORCH:
-        raise AdapterError("unsupported type of numbers", got=_kind(dtype), hint=_SAVE_AGAIN)
-    return _tensor(storage, offset, shape, strides, gradient, hooks, metadata, code=_OF_TORCH[name])
-
-
-def _parameter(data: object, *_: object) -> object:
-    return data
-
-
-def _sparse(*_: object) -> object:
-    raise AdapterError("sparse tensors are not read", hint=_SAVE_AGAIN)
-
-
-def _encoded(text: object, _encoding: object = "") -> object:
-    """Bytes, as protocol 2 writes them; nothing here looks at any."""
-    return text
-
-
-def _with_attributes(function: object, _kind: object, arguments: object, _state: object) -> object:
-    if not isinstance(function, Global) or not isinstance(arguments, tuple):
-        raise malformed("a tensor that nothing makes")
-    if function.name not in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"):
-        return _call(f"{function.name} by torch._tensor._rebuild_from_type_v2", arguments)
-    return _call(function.name, arguments)
-
-
-_MAKERS: dict[str, Callable[..., object]] = {
-    "collections.OrderedDict": _map,
-    "torch.Size": _size,
-    "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_tensor_v3": _tensor_of_type,
-    "torch._utils._rebuild_parameter": _parameter,
-    "torch._utils._rebuild_parameter_with_state": _parameter,
-    "torch.serialization._get_layout": _sparse,
-    "_codecs.encode": _encoded,
-    "torch._tensor._rebuild_from_type_v2": _with_attributes,
-}
