@@ -106,6 +106,7 @@ REFUSED = {
     ("experts", "to-dora"): "stacked experts",
     ("experts", "to-dora and back"): "stacked experts",
     ("experts", "mlx and back"): "name experts differently",
+    ("conv1d", "mlx and back"): "name the body differently",
 }
 
 

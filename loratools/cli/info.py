@@ -23,6 +23,7 @@ from loratools.operations.info import AdapterInfo, counted
 from loratools.work.collection import adapters_in
 from loratools.work.requests import Reading, Reporting
 from loratools_formats.contract.path_kinds import is_base
+from loratools_formats.contract.registry import is_recognised
 from loratools_formats.disk.errors import LoratoolsError, OptionError, printable
 
 if TYPE_CHECKING:
@@ -51,8 +52,9 @@ def command(adapters: tuple[Path, ...], reading: Reading, reporting: Reporting) 
     """  # noqa: D301 - click reads the backspace
     if not adapters:
         raise OptionError("no adapter given", expected="ADAPTER...")
-    if len(adapters) == 1 and reading.from_ is None and is_base(adapters[0]):
-        return _show_base(adapters[0], reporting)
+    alone = adapters[0] if len(adapters) == 1 and reading.from_ is None else None
+    if alone is not None and is_base(alone) and not is_recognised(alone):
+        return _show_base(alone, reporting)
     found = adapters_in(adapters)
     if found == list(adapters) and len(found) == 1:
         result = info(adapters[0], reading=reading)

@@ -170,15 +170,16 @@ class SqueezeCallback(TrainerCallback):
                 output folder.
 
         Raises:
-            OptionError: no Trainer has trained with this callback.
+            OptionError: an adapter is there, and no Trainer has trained with this callback.
         """
-        if self._output is None:
+        place = Path((self._output or ".") if folder is None else folder)
+        files = [place / name for name in _WEIGHTS if (place / name).is_file()]
+        if files and self._output is None:
             raise OptionError(
                 "no Trainer has trained with this callback, so that it cannot tell of an adapter",
+                path=place,
                 hint="Call write_provenance on the callback that the Trainer was made with",
             )
-        place = Path(self._output if folder is None else folder)
-        files = [place / name for name in _WEIGHTS if (place / name).is_file()]
         if files and self.squeezes:
             options = {
                 "schedule": self.schedule.to_dict(), "alpha": self.alpha, "squeezes": self.squeezes,

@@ -79,7 +79,7 @@ def test_a_truncated_shard(broken, refused):
 
 def test_a_missing_shard(broken, refused):
     shard(broken[0]).unlink()
-    refused(*broken, "model-00002-of-00003.safetensors", "no such file")
+    refused(*broken, "model-00002-of-00003.safetensors", "is not there")
 
 
 def test_a_pipe_for_a_shard(broken, refused):

@@ -78,6 +78,11 @@ def _recognises(found: Format, path: Path) -> bool:
         return False
 
 
+def is_recognised(path: str | os.PathLike[str]) -> bool:
+    """Return whether a format, or several, take a path for an adapter."""
+    return any(_recognises(one, Path(path)) for one in _working())
+
+
 def find_format(path: str | os.PathLike[str]) -> Format:
     """Return the one format that recognises `path`.
 

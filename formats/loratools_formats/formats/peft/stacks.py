@@ -44,6 +44,8 @@ from loratools_formats.formats.peft.sides import (
     width_of,
 )
 
+_AXES_TELL = "its axes tell"
+
 
 class Pair(NamedTuple):
     """The factors of a module as they are stored."""
@@ -103,7 +105,7 @@ def stacks(
     inputs = {path: pair.a.shape[-1] for path, pair in pairs.items() if len(pair.a.shape) == 2}
     sides = {path: Sides(pair.a.shape[-1], pair.b.shape[0]) for path, pair in found.items()}
     turned = sides_told(config, sides, settings, width_of(inputs, settings), folder)
-    turned |= {path: (False, "its axes tell") for path in straight if path in found}
+    turned |= {path: (False, _AXES_TELL) for path in straight if path in found}
     findings: list[Finding] = []
     result: dict[str, Stack] = {}
     doubted = 0
@@ -192,12 +194,15 @@ def unstacked(
 
 
 def _turn(config: PeftConfig, stack: Stack, parameter: str) -> bool | None:
-    """Return how a square stack lies in its parameter if the release that wrote it tells."""
-    if stack.swapped is not None:
-        return None
+    """Return how a square stack lies in its parameter if the release that wrote it tells.
+
+    What has an axis for the experts is not of PEFT's own making, whatever release is named.
+    """
     wrote = release(config)
-    is_turned = of_open_class(parameter.rpartition(".")[0]) and wrote == RELEASE_0_19_0
-    return True if wrote == BEFORE_0_19 or is_turned else None
+    if wrote == BEFORE_0_19 and stack.told_by != _AXES_TELL:
+        return True
+    is_open = stack.swapped is None and of_open_class(parameter.rpartition(".")[0])
+    return True if is_open and wrote == RELEASE_0_19_0 else None
 
 
 def without_marks(values: Mapping[str, Any]) -> Mapping[str, Any]:
