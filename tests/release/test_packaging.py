@@ -159,12 +159,28 @@ def test_addresses_are_of_one_repository():
             assert (ROOT / address.partition("/blob/main/")[2]).is_file()
 
 
-def test_the_repository_holds_no_outputs():
-    """What a command wrote into the checkout is easily committed with all else."""
+@pytest.fixture(scope="module")
+def tracked():
+    """Every file that git tracks."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
     if listed.returncode:
         pytest.skip("not a checkout of git")
-    tracked = [Path(name) for name in listed.stdout.decode().split("\0") if name]
+    return [Path(name) for name in listed.stdout.decode().split("\0") if name]
+
+
+def test_no_merge_was_left_half_done(tracked):
+    texts = {".md", ".py", ".toml", ".yaml", ".yml", ".json", ".txt", ".pyi", ".cff"}
+    marks = (b"\n<<<<<<< ", b"\n>>>>>>> ")
+    found = [
+        str(path)
+        for path in tracked
+        if path.suffix in texts and any(mark in (ROOT / path).read_bytes() for mark in marks)
+    ]
+    assert found == []
+
+
+def test_the_repository_holds_no_outputs(tracked):
+    """What a command wrote into the checkout is easily committed with all else."""
     strange = {".safetensors", ".gguf", ".bin", ".pt", ".log", ".npz", ".jsonl"}
     found = [path for path in tracked if path.suffix in strange]
     places = {"examples", "tests"}

@@ -70,6 +70,10 @@ _NOT_IN_MLX = {
     "glm_moe_dsa": re.compile(r".+\.kv_b_proj"),
 }
 """By model type, the modules that mlx-lm 0.32 divides otherwise."""
+_NOT_ALONE_IN_MLX = {
+    "llama4_text": re.compile(r".+\.feed_forward\.(?:experts|router|shared_expert)\b.*"),
+}
+"""By the model type of a whole checkpoint, modules that mlx-lm has in models of several parts."""
 _OTHER_BODY = re.compile(r"(?:transformer\.h|gpt_neox\.layers|model\.h)\.|(?:model\.)?embed_out$")
 _SEVERAL_PARTS = re.compile(r"^(?:model\.)?(?:language_model|vision_tower|visual|vision_model)\.")
 
@@ -170,9 +174,12 @@ def _with_bodies(adapter: Adapter, base: Checkpoint, *, to_mlx: bool) -> Adapter
 
 
 def _refuse_other_layers(adapter: Adapter, base: Checkpoint) -> None:
-    for kind in sorted(model_types(base.config) & _NOT_IN_MLX.keys()):
+    patterns = {k: _NOT_IN_MLX[k] for k in sorted(model_types(base.config) & _NOT_IN_MLX.keys())}
+    whole = base.config.get("model_type")
+    patterns |= {k: pattern for k, pattern in _NOT_ALONE_IN_MLX.items() if k == whole}
+    for kind, pattern in patterns.items():
         for module in adapter.modules:
-            if _NOT_IN_MLX[kind].fullmatch(module):
+            if pattern.fullmatch(module):
                 raise UnsupportedError(
                     f"mlx-lm has no such layer in its models of type {kind}",
                     path=adapter.source,
