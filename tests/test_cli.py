@@ -175,6 +175,7 @@ def test_usage_errors_exit_with_2():
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -230,6 +231,7 @@ def test_an_input_is_replaced_only_in_place(make_folder, tmp_path):
     assert [module["rank"] for module in info["modules"]] == [2]
 
 
+@pytest.mark.slow
 def test_info_shows_what_an_adapter_is(make_folder):
     folder = make_folder(
         modules={"layers.0.q": (24, 20, 8), "layers.1.down": (16, 40, 4)},
@@ -250,6 +252,7 @@ def test_info_shows_what_an_adapter_is(make_folder):
     assert "layers.1.down" in loratools("info", folder, "-v").stdout
 
 
+@pytest.mark.slow
 def test_provenance_is_shown_by_info(make_folder, tmp_path):
     loratools("squeeze", make_folder(), "-o", tmp_path / "out", "--rank", 2)
     info = json.loads(loratools("info", tmp_path / "out", "--json").stdout)
@@ -257,6 +260,7 @@ def test_provenance_is_shown_by_info(make_folder, tmp_path):
     assert json.loads(info["provenance"]["loratools.options"])["rule"] == {"rank": 2}
 
 
+@pytest.mark.slow
 def test_initial_adapter_on_the_command_line(make_folder, tmp_path):
     trained = make_folder("trained", init_lora_weights="pissa")
     first = make_folder("first", seed=1)

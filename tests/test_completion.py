@@ -58,6 +58,7 @@ def test_values_are_offered(line, offered):
     assert completed(line) == offered
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "line",
     [

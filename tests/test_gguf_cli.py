@@ -108,6 +108,7 @@ def test_fuse_reports_and_names_what_it_writes(model, files, tmp_path):
     assert "lost to rounding: 0.00%" in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [["--base-mode", "dequant"], ["--requantize"], ["--max-shard-size", "1GB"]]
 )

@@ -130,6 +130,7 @@ def test_to_lora_refuses_token_rows_where_the_head_would_follow(case, tmp_path):
         assert [d.rank for d in made.modules.values()] == [2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["model.embed_tokens", "lm_head"])
 def test_fuse_unties_what_changes_alone_and_verify_agrees(case, tmp_path, module):
     base, tensors, tied = case

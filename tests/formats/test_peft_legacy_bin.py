@@ -66,6 +66,7 @@ OF_OLD = ("BOOL", "U8", "I8", "I16", "I32", "I64", "F16", "BF16", "F32", "F64", 
 LAYOUTS = [(code, True) for code, dtype in DTYPES.items() if dtype.torch and dtype.bits > 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("code", "archive"), LAYOUTS + [(code, False) for code in OF_OLD])
 def test_every_type_in_every_layout_as_torch_loads_it(code, archive, tmp_path):
     random = torch.Generator().manual_seed(len(code))

@@ -77,6 +77,7 @@ def pushed(hub, folder):
     return {n: data for n, data in hub.repos["me/made"].files().items() if n not in kept}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_after_the_check_refuses(hub, adapter, monkeypatch, change):
     name, act = CHANGES[change]

@@ -115,6 +115,7 @@ def test_replay_gives_the_same_bytes(case, from_shelf):
     assert any(name.endswith((".safetensors", ".gguf")) for name in weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_statement_holds_no_folder_of_the_machine(case, from_shelf):
     output = made(from_shelf, case)
@@ -125,6 +126,7 @@ def test_a_statement_holds_no_folder_of_the_machine(case, from_shelf):
     assert "environment" in json.loads(text)["predicate"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [c for c in CASES if not c.startswith(("fuse", "quant", "deq"))])
 def test_metadata_of_adapters_tells_the_operation(case, from_shelf):
     output = made(from_shelf, case)
@@ -321,6 +323,7 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spoil", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_statements_are_refused_in_one_line(spoil, chain):
     place = chain / "small" / PROVENANCE_FILE
@@ -348,6 +351,7 @@ def test_a_file_that_was_made_from_itself_is_refused(chain):
         lt.replay(chain / "both")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "content",
     [b"", b"[]", b"{}", b'{"predicateType": "x"}', b"\xff", b"[" * 100_000,

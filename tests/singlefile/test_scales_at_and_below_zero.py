@@ -24,6 +24,7 @@ def both(path):
     return np.stack([delta for _, delta in sorted(deltas(path).items())])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [0.0, -4.0])
 @pytest.mark.parametrize("option", [(), ("--keep-alpha",), ("--fold-alpha",)])
 @pytest.mark.parametrize("target", ["diffusers", "comfyui", "kohya", "peft"])

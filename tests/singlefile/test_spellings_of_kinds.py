@@ -115,6 +115,7 @@ def pairs():
             yield pytest.param(kind, other, id=f"{kind.__name__}-{other.__name__}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "other"), pairs())
 @pytest.mark.parametrize("split_first", [True, False])
 def test_a_merge_of_fused_and_split_names_is_the_sum(kind, other, split_first, tmp_path):

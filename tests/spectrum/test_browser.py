@@ -140,6 +140,7 @@ def by_numbers(text):
     return [int(part) if part.isdigit() else part for part in parts]
 
 
+@pytest.mark.slow
 def test_names_and_ranks_are_in_order_of_their_numbers_and_what_is_missing_is_last(look):
     page = look("deep")
     table = page.locator(".table", has=page.get_by_text("All modules", exact=True))
@@ -159,6 +160,7 @@ def test_names_and_ranks_are_in_order_of_their_numbers_and_what_is_missing_is_la
     assert found == sorted(found, key=int)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["spectrum", "hostile"])
 def test_the_table_sorts_and_filters(look, name):
     page = look(name, width=375)

@@ -33,6 +33,7 @@ def test_a_picture_is_drawn_twice_alike(kind, tmp_path):
         found.plot(files[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
