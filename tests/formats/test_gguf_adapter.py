@@ -32,6 +32,7 @@ from loratools_formats.core.alora import ACTIVATED
 from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.tensors import in_memory
 from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError
+from loratools_formats.formats.gguf.base import read_base
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -734,3 +735,17 @@ def test_rows_are_interleaved_and_put_back(base, tmp_path, kv_heads, group, half
         again, delta = back.modules[path].direction, change.direction
         np.testing.assert_allclose(again.scale * again.b.load(), scale * delta.b.load(), rtol=1e-6)
         np.testing.assert_array_equal(again.a.load(), delta.a.load())
+
+
+def test_a_width_for_each_layer_is_no_width_of_experts(tmp_path):
+    """Gemma 3n has a list of widths, and no experts."""
+    config = {
+        "architectures": ["Gemma3nForCausalLM"],
+        "model_type": "gemma3n_text",
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "intermediate_size": [48, 48],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    sizes = read_base(tmp_path).sizes
+    assert (sizes.hidden, sizes.experts, sizes.expert_width) == (32, 0, 0)

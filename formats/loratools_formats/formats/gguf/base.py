@@ -132,14 +132,7 @@ def _of_config(path: Path) -> Base:
             hidden=hidden,
             head_width=_size(values, path, "head_dim", default=hidden // max(heads, 1)),
             experts=experts,
-            expert_width=_size(
-                values,
-                path,
-                "moe_intermediate_size",
-                "intermediate_size",
-                "ffn_hidden_size",
-                default=0,
-            ),
+            expert_width=_expert_width(values, path) if experts else 0,
             linear_keys=_size(values, path, "linear_num_key_heads", default=0),
             linear_values=_size(values, path, "linear_num_value_heads", default=0),
             linear_key_width=_size(values, path, "linear_key_head_dim", default=0),
@@ -177,6 +170,11 @@ def _kv_heads(values: Mapping[str, Any], path: Path, heads: int) -> int:
         return 1 if values.get("multi_query") is True else heads
     names = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "kv_n_heads")
     return _size(values, path, *names, default=heads)
+
+
+def _expert_width(values: Mapping[str, Any], path: Path) -> int:
+    names = ("moe_intermediate_size", "intermediate_size", "ffn_hidden_size")
+    return _size(values, path, *names, default=0)
 
 
 def _with_sections(values: Mapping[str, Any]) -> dict[str, Any]:
