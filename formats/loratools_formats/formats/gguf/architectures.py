@@ -130,11 +130,14 @@ class Architecture:
 
         Returns:
             The module, with names of whole tensors; and which expert it is, if it is one of
-            several. None if the table has no such module.
+            several. None if the table has no such module, or if modules of all numbers become
+            one tensor, of which a part cannot be adapted.
         """
         template, layer, expert = numbered(path)
         module = self.modules.get(template)
-        return None if module is None else (module.numbered(layer), expert)
+        if module is None or is_joined(template, module):
+            return None
+        return module.numbered(layer), expert
 
     def has(self, tensor: str) -> bool:
         """Return whether a module becomes this GGUF tensor."""
@@ -154,6 +157,11 @@ class Architecture:
             return None
         path, index = found
         return path.replace("#", layer), self.modules[path].numbered(layer), index
+
+
+def is_joined(template: str, module: Module) -> bool:
+    """Return whether modules of all numbers become one tensor, as `altup_projections` do."""
+    return "#" in template and not any("#" in tensor for tensor in module.tensors)
 
 
 def numbered(path: str) -> tuple[str, str, int | None]:

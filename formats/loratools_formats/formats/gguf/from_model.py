@@ -23,7 +23,7 @@ from loratools_formats.core.peft_facts import owner
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError
 from loratools_formats.disk.files import RegularFile
-from loratools_formats.formats.gguf.architectures import Module, numbered
+from loratools_formats.formats.gguf.architectures import Module, is_joined, numbered
 from loratools_formats.formats.gguf.base import Base, read_base
 from loratools_formats.formats.gguf.experts import flat_apart, in_stack, stacked, today
 from loratools_formats.formats.gguf.gate_up import as_in_base
@@ -244,8 +244,13 @@ _OTHER_PARTS = re.compile(
 def _reason(path: str, base: Base) -> str | None:
     if _OTHER_PARTS.search(path):
         return "its adapters are for the language model only"
-    reasons = base.architecture.reasons
-    return next((reasons[t] for t in _templates(path, base) if t in reasons), None)
+    reasons, modules = base.architecture.reasons, base.architecture.modules
+    for template in _templates(path, base):
+        if template in reasons:
+            return reasons[template]
+        if template in modules and is_joined(template, modules[template]):
+            return "several modules are one tensor there"
+    return None
 
 
 def _templates(path: str, base: Base) -> Iterator[str]:
