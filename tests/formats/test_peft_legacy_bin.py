@@ -90,7 +90,9 @@ def test_every_type_in_every_layout_as_torch_loads_it(code, archive, tmp_path):
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_every_protocol(protocol, tmp_path):
     torch.save(TENSORS, tmp_path / "w.bin", pickle_protocol=protocol)
-    for name, tensor in read_bin(tmp_path / "w.bin").tensors.items():
+    read = read_bin(tmp_path / "w.bin").tensors
+    assert list(read) == list(TENSORS)
+    for name, tensor in read.items():
         same(tensor, TENSORS[name])
 
 

@@ -18,6 +18,7 @@ Made with gptqmodel 7.7.0, autoawq 0.2.9, nvidia-modelopt 0.47.0, transformers 5
 import copy
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -34,6 +35,7 @@ CHANGED = {
     "model.layers.1.mlp.down_proj": (64, 128),
 }
 RANK = 4
+_OF_THIS_RUN = re.compile(r'^ *"offload_to_disk_path".*\n', re.MULTILINE)
 SIZE = 0.05  # of ΔW's entries; those of the weights are about 0.1
 
 
@@ -209,6 +211,8 @@ def main():
             for path in sorted(base.glob("*.safetensors")) + sorted(base.glob("*config.json")):
                 if path.name not in ("generation_config.json", "tokenizer_config.json"):
                     shutil.copy(path, kept)
+            for path in kept.glob("*.json"):
+                path.write_text(_OF_THIS_RUN.sub("", path.read_text()))
             lt.fuse(base, folder / "adapter", requantize=True, allow_lossy=True, output=fused)
             found, before = {}, load(base)
             found["base"] = logits(with_changes(model, before, {}))
