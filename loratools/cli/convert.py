@@ -10,7 +10,7 @@ from loratools.cli.many import one_or_many
 from loratools.cli.output import human_bytes, note, number, print_table, say
 from loratools.cli.perform import perform, target_of
 from loratools.face.convert import ConvertResult, convert
-from loratools.operations.convert.operation import ConvertOptions, SingleFileOptions
+from loratools.operations.convert.options import ConvertOptions, SingleFileOptions
 from loratools.work.requests import Reading, Reporting, Writing
 from loratools.work.selection import Dropping
 

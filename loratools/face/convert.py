@@ -15,13 +15,9 @@ from loratools.folding.expert_order import overruled
 from loratools.operations.convert.compare_written import ConversionCheck, compared
 from loratools.operations.convert.experts.choice import format_of
 from loratools.operations.convert.experts.layouts import Wanted
-from loratools.operations.convert.operation import (
-    Conversion,
-    ConvertOptions,
-    SingleFileOptions,
-    prepare,
-)
+from loratools.operations.convert.operation import Conversion, prepare
 from loratools.operations.convert.operation import write as write_converted
+from loratools.operations.convert.options import ConvertOptions, SingleFileOptions
 from loratools.operations.reported import written_nbytes
 from loratools.work.declared import flags
 from loratools.work.json_object import hidden, named

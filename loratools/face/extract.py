@@ -12,7 +12,8 @@ from loratools.face.declare import Progress, public
 from loratools.face.result import AdapterResult, Result, check_error
 from loratools.face.source import WRITING, Model, beside, destination, model_or_pipeline
 from loratools.lowrank.resize import ComputeOptions
-from loratools.operations.convert.operation import SingleFileOptions, prepare
+from loratools.operations.convert.operation import prepare
+from loratools.operations.convert.options import SingleFileOptions
 from loratools.operations.extract import operation
 from loratools.operations.extract.single_file import (
     components_only,

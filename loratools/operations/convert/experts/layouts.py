@@ -30,6 +30,7 @@ from loratools.operations.convert.experts.recent import Recent
 from loratools.operations.convert.experts.stacked import nested, stacked
 from loratools.operations.convert.experts.stored_names import in_stored_names
 from loratools.operations.convert.experts.tinker_names import in_tinker_names
+from loratools.operations.convert.options import PeftLayout
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import ModuleChange
@@ -38,7 +39,6 @@ from loratools_formats.core.orientation import exchanged
 from loratools_formats.disk.errors import UnsupportedError
 
 ExpertLayoutName = Literal["stacked", "each", "3d", "shared-outer", "tinker"]
-PeftLayout = Literal["0.18", "0.19.1"]
 _OLD, _NEW = "0.18.1", "0.19.1"
 
 
