@@ -13,7 +13,7 @@ from loratools.naming.base_components import (
 )
 from loratools.naming.lists import embedded_map
 from loratools.naming.places import module_key
-from loratools.naming.rename import all_names
+from loratools.naming.prefixes import all_names
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter
 

@@ -18,7 +18,8 @@ import numpy as np
 from loratools.naming.base_components import DENOISER, roles_of
 from loratools.naming.base_modules import BaseModules
 from loratools.naming.places import module_key
-from loratools.naming.rename import NamingOptions, all_names, renamed
+from loratools.naming.prefixes import all_names
+from loratools.naming.rename import NamingOptions, renamed
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter, Addition

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from loratools.naming.base_modules import BaseModules
 from loratools.naming.choice import NamedModules, chosen_tables
 from loratools.naming.places import dotted_name
-from loratools.naming.rename import all_names
+from loratools.naming.prefixes import all_names
 from loratools.naming.tables import Place, Scheme, Table, filled
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.registry import get_format

@@ -17,7 +17,6 @@ from loratools.naming.choice import (
     NamedModules,
     chosen_tables,
     given_table,
-    in_no_table,
     may_have_no_table,
 )
 from loratools.naming.crossing import Crossing
@@ -29,7 +28,8 @@ from loratools.naming.places import (
     module_key,
     target_scheme,
 )
-from loratools.naming.tables import Place, Table, bundled_tables, flattened
+from loratools.naming.prefixes import all_names, is_of, other_prefix, without_table
+from loratools.naming.tables import Place, Table, bundled_tables
 from loratools_formats.core.adapter import Adapter, Addition, Replacement
 from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.findings import Finding
@@ -42,15 +42,6 @@ from loratools_formats.disk.errors import (
 )
 
 _DENOISERS = {"transformer.", "unet."}
-_FLAT_OF = {
-    "unet.": "lora_unet_",
-    "diffusion_model.": "lora_unet_",
-    "transformer.": "lora_transformer_",
-    "prior.": "lora_prior_",
-    "decoder.": "lora_decoder_",
-    "text_encoder_2.": "lora_te2_",
-    "text_encoder_3.": "lora_te3_",
-}
 
 
 @dataclass(frozen=True)
@@ -149,17 +140,17 @@ def _in_class(adapter: Adapter, target: Target, options: NamingOptions) -> Renam
         dotted = looked_up(flat, options.dotted, known)
         names = {old: dotted.get(new, new) for old, new in names.items()}
     file = NamedModules.of(adapter, names)
-    if all(_is_of(new, target) for new in names.values()):
+    if all(is_of(new, target) for new in names.values()):
         return _in_own_class(adapter, file, target, options)
     if options.table is not None:
         tables = [given_table(file, options.table)]
     else:
         tables = chosen_tables([file], target, options.base)
     if not tables:
-        exchanged = _other_prefix(names, target, options.component)
+        exchanged = other_prefix(names, target, options.component)
         if exchanged is not None:
             return Renamed(_moved(adapter, exchanged, target))
-        return Renamed(_moved(adapter, _without_table(adapter, names, target), target, names))
+        return Renamed(_moved(adapter, without_table(adapter, names, target), target, names))
     return _crossed(adapter, file, target, tables, options)
 
 
@@ -289,65 +280,6 @@ def _with_component(adapter: Adapter, options: NamingOptions, target: Target) ->
 def _is_in_a_table(name: str, options: NamingOptions) -> bool:
     tables = (options.table,) if options.table else bundled_tables()
     return any(is_located(name, table) for table in tables)
-
-
-def all_names(adapter: Adapter) -> list[str]:
-    """Return the names of all modules that are changed, by factors or otherwise."""
-    added = [addition.target.rpartition(".")[0] for addition in adapter.additions.values()]
-    return list(dict.fromkeys([*adapter.modules, *added]))
-
-
-def _other_prefix(
-    names: Mapping[str, str], target: Target, component: str | None
-) -> dict[str, str] | None:
-    """Return names with the component that was asked for, where no table knows them.
-
-    None if none was asked for, or a name is flattened.
-    """
-    is_wanted = component == "diffusion_model" if target == "comfyui" else component in COMPONENTS
-    if not is_wanted or target not in ("comfyui", "diffusers"):
-        return None
-    result = {}
-    for old, new in names.items():
-        key = module_key(new)
-        if key is None or key.flat:
-            return None
-        of_text = key.prefix.startswith("text_encoder")
-        result[old] = new if _is_of(new, target) or of_text else f"{component}.{key.path}"
-    return result
-
-
-def _is_of(name: str, target: Target) -> bool:
-    key = module_key(name)
-    if key is None:
-        return False
-    if target == "bare":
-        return not key.flat
-    return key.naming == target
-
-
-def _without_table(adapter: Adapter, names: Mapping[str, str], target: Target) -> dict[str, str]:
-    """Return names that need no table: flattened ones of dotted ones.
-
-    Raises:
-        AdapterError: others.
-    """
-    if target != "kohya":
-        missing = [new for new in names.values() if not _is_of(new, target)]
-        raise in_no_table(NamedModules.of(adapter, names), missing)
-    second = any(new.startswith("text_encoder_2.") for new in names.values())
-    flat_of = {**_FLAT_OF, "text_encoder.": "lora_te1_" if second else "lora_te_"}
-    result = {}
-    for old, new in names.items():
-        key = module_key(new)
-        if key is not None and key.flat:
-            result[old] = new
-            continue
-        prefix = next((p for p in flat_of if new.startswith(p)), None)
-        if prefix is None:
-            raise in_no_table(NamedModules.of(adapter, names), [new])
-        result[old] = flat_of[prefix] + flattened(new.removeprefix(prefix))
-    return result
 
 
 def _moved(

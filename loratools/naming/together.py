@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 
 from loratools.naming.choice import NamedModules, chosen_tables
 from loratools.naming.places import FileSpelling, TextPlace, module_key
-from loratools.naming.rename import all_names, respelled_as
+from loratools.naming.prefixes import all_names
+from loratools.naming.rename import respelled_as
 from loratools.naming.tables import Place, Scheme, Table, bundled_tables
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.single_file_keys import Naming

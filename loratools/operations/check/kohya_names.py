@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from loratools.naming.choice import NamedModules, chosen_tables
-from loratools.naming.rename import all_names
+from loratools.naming.prefixes import all_names
 from loratools.operations.check.remedy import Remedy
 from loratools.operations.check.rule import Found
 from loratools.operations.check.subject import Subject
