@@ -749,3 +749,38 @@ def test_a_width_for_each_layer_is_no_width_of_experts(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     sizes = read_base(tmp_path).sizes
     assert (sizes.hidden, sizes.experts, sizes.expert_width) == (32, 0, 0)
+
+
+@pytest.mark.parametrize("ratio", [1e-3, 1.0])
+@pytest.mark.parametrize("stored", ["F16", "Q8_0"])
+def test_large_matrices_are_fused_as_in_float64(tmp_path, stored, ratio):
+    """They are computed in float32; gguf-py quantises the sum in float64, beside it."""
+    key, kind = "blk.0.ffn_down.weight", gguf.GGMLQuantizationType[stored]
+    weights = gguf.quants.quantize(floats(640, 512), kind)
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_tensor(key, weights, raw_dtype=None if stored == "F16" else kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    a, b = floats(4, 512), (np.float32(ratio / 2) * floats(640, 4)).astype(np.float32)
+    lora = file_with(tmp_path / "lora.gguf", {f"{key}.lora_a": a, f"{key}.lora_b": b})
+    given = [FuseInput(read_adapter(lora), 0.5, "lora")]
+    options = GgufFuseOptions(allow_lossy=True)
+    fusion = GgufFusion(read_model(tmp_path / "model.gguf"), given, options)
+    (report,) = fusion.write(tmp_path / "out.gguf").tensors
+
+    old = gguf.quants.dequantize(weights, kind).astype(np.float64)
+    (module,) = read_adapter(lora).modules.values()
+    delta = 0.5 * module.require_factors().scale * (b.astype(np.float64) @ a.astype(np.float64))
+    (tensor,) = gguf.GGUFReader(tmp_path / "out.gguf").tensors
+    found = np.array(tensor.data).view(np.float16 if stored == "F16" else np.uint8)
+    wanted = gguf.quants.quantize((old + delta).astype(np.float32), kind)
+    assert (found.reshape(wanted.shape) != wanted).mean() <= 1e-4
+    new = gguf.quants.dequantize(found.reshape(wanted.shape), kind).astype(np.float64)
+    norm, lost = np.linalg.norm(delta), np.linalg.norm(new - old - delta)
+    assert report.relative_change == pytest.approx(norm / np.linalg.norm(old), rel=1e-5)
+    assert report.lost == pytest.approx(lost / norm, rel=1e-3)
+    survives = float(np.vdot(new - old, delta)) / norm**2
+    told = report.rounded if stored == "F16" else report.surviving
+    assert told == pytest.approx(survives, abs=1e-3)
