@@ -161,6 +161,7 @@ class LiveAdapter:
         """Return it if each of its layers can get other factors in place.
 
         Raises:
+            OptionError: there is none.
             UnsupportedError: one cannot, or it is no LoRA on an unchanged base.
         """
         config: Any = self.model.peft_config[self.name]
@@ -172,6 +173,8 @@ class LiveAdapter:
                 hint="Squeeze the saved adapter: "
                 "loratools squeeze ADAPTER --initial FIRST --rank 8 -o plain",
             )
+        if not self.layers:
+            raise OptionError("the adapter has no layer", got=self.name)
         owners: dict[int, str] = {}
         for each in self.layers.values():
             reasons = [reason for reason, applies in _obstacles(each).items() if applies]

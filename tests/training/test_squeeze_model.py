@@ -230,6 +230,11 @@ def test_what_cannot_be_replaced_is_refused_and_nothing_changes():
     assert "no such adapter" in refused(make(Linears), adapter="other")
     assert "not a PEFT model" in refused(Linears())
     assert "unchanged base" in refused(make(Linears, init_lora_weights="pissa"))
+    bare = make(Linears)
+    inner = bare.base_model.model
+    for name, child in list(inner.named_children()):
+        setattr(inner, name, getattr(child, "base_layer", child))
+    assert "has no layer" in refused(bare)
     merged = make(Linears)
     merged.merge_adapter()
     assert "is merged" in refused(merged)
