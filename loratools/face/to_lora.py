@@ -89,8 +89,8 @@ def to_lora(
     """Turn an adapter of any kind into a plain LoRA.
 
     A kind whose change is a product of two factors is converted exactly and needs no rule; any
-    other
-    is approximated at the rank asked for. New factors are float32 unless `dtype` says otherwise.
+    other is approximated at the rank asked for. New factors are float32 unless `dtype` says
+    otherwise.
 
     >>> import loratools as lt
     >>> base = "examples/tiny-llama/model"

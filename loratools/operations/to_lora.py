@@ -1,10 +1,9 @@
 """Every kind of adapter as plain low-rank factors, at the smallest error that is possible.
 
-Three cases. A kind whose change is a product of two factors is converted exactly, up to rounding.
-Any
-other change is approximated by its leading singular triplets, and the error of the stored factors
-is measured against the true change. A change that depends on the base weight (DoRA, OFT, IA³ …) is
-built from it a block of rows at a time. What the kinds mean is in `loratools.kinds`.
+There are three cases. A kind whose change is a product of two factors is converted exactly, up to
+rounding. Any other change is approximated by its leading singular triplets, and the error of the
+stored factors is measured against the true change. A change that depends on the base weight (DoRA,
+OFT, IA³ …) is built from it a block of rows at a time. What the kinds mean is in `loratools.kinds`.
 
 A DoRA changes W by g⊙(W + ΔW) − W with g = m/‖W + ΔW‖ per output: the rescaled factors, of low
 rank, and diag(g − 1)·W, which is not. Both energies are reported.

@@ -1,8 +1,7 @@
 """`index`: one row for each adapter, in a file; rows of an earlier index are taken over.
 
 Adapters are identified by the content of their files, not by times or names: an adapter that the
-earlier
-index has is digested and not read again, and the file is the same as one made from nothing.
+earlier index has is digested and not read again, and the file is the same as one made from nothing.
 """
 
 from __future__ import annotations

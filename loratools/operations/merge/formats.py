@@ -59,7 +59,8 @@ def _of(first: Adapter, item: MergeInput, base: Checkpoint | None) -> MergeInput
     try:
         made = prepare(adapter, target, Context(base=base.path)).adapter
     except LoratoolsError as error:
-        error.hint = f"All become {target}, the format of the first; convert it yourself: {hint}"
+        remedy = f"{error.hint.rstrip('.')}. " if error.hint else ""
+        error.hint = f"{remedy}All become {target}, the format of the first; convert it: {hint}"
         raise
     kept = replace(made, provenance=adapter.provenance, metadata=adapter.metadata)
     return replace(item, adapter=kept)
