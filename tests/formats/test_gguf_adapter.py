@@ -781,7 +781,9 @@ def test_large_matrices_are_fused_as_in_float64(tmp_path, stored, ratio):
     total = old + delta
     is_half = stored == "F16"  # gguf-py goes by way of float32 and so rounds it twice
     wanted = total.astype(np.float16) if is_half else gguf.quants.quantize(np.float32(total), kind)
-    assert (found.reshape(wanted.shape) != wanted).mean() <= 1e-4
+    # A float32 sum is a tie of float16 in one of 2^13 entries, of which half go the wrong way; the
+    # largest changes that float32 computes add about as many again.
+    assert (found.reshape(wanted.shape) != wanted).mean() <= 2 * 2.0**-14 * 1.25
     new = gguf.quants.dequantize(found.reshape(wanted.shape), kind).astype(np.float64)
     norm, lost = np.linalg.norm(delta), np.linalg.norm(new - old - delta)
     assert report.relative_change == pytest.approx(norm / np.linalg.norm(old), rel=1e-5)

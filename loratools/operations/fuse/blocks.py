@@ -5,7 +5,7 @@ for DoRA. In float32 a sum may cancel: entries so small that the rounding errors
 could show in the type to store are found by a bound, computed again in float64 and rounded once, as
 is the whole of a block where many are small beside it. What remains is that some 3 in 100,000
 entries of a bfloat16, 1 in 10,000 of a float16, which lie next to a tie, take the other neighbour;
-of the largest changes that are not left to float64, 6 in 100,000 and 1.3 in 10,000.
+of the largest changes that are not left to float64, 6 in 100,000 and 1.4 in 10,000.
 
 Blocks of 2^19 elements were measured fastest: larger ones leave the processor's cache, and with
 smaller ones threads wait for each other more often.
