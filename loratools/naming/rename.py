@@ -161,7 +161,7 @@ def _in_own_class(
 
     Names stay where no table is certain.
     """
-    if target in ("kohya", "comfyui"):
+    if target in ("kohya", "comfyui") or file.has_foreign_prefixes():
         try:
             if options.table is not None:
                 tables = [given_table(file, options.table)]

@@ -23,6 +23,7 @@ from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError
 from loratools_formats.formats.singlefile.deltas import Parts, delta_of
 from loratools_formats.formats.singlefile.dialects import dialects
+from loratools_formats.formats.singlefile.left_in_names import as_loaders_know
 from loratools_formats.formats.singlefile.scale import (
     METADATA_KEY,
     PackedConfigs,
@@ -33,8 +34,11 @@ from loratools_formats.formats.singlefile.scale import (
 CONTROL_MARK = "lora_controlnet"
 
 OF_DIFFUSION = re.compile(
-    r"(?:double_blocks|single_blocks|(?:single_)?transformer_blocks|(?:down|up|input|output|joint)_blocks"
-    r"|mid_block|middle_block)\."
+    r"(?:(?:double|single)(?:_stream)?_blocks|(?:double|single)_layers|vace_blocks"
+    r"|(?:single_|joint_)?transformer_blocks|(?:down|up|input|output|joint)_blocks"
+    r"|mid_block|middle_block|(?:noise|context)_refiner"
+    r"|blocks\.\d+\.(?:self_attn|cross_attn)\.[qkvo]|blocks\.\d+\.attn[12]\.to_(?:[qkv]|out)"
+    r"|layers\.\d+\.attention\.(?:qkv|to_[qkv]))(?:\.|$)"
 )
 """Start of the paths of modules in UNets and diffusion transformers."""
 
@@ -95,10 +99,11 @@ class _Outside:
 
 def _read(path: Path, carry_unknown: bool) -> Adapter:
     file = read_safetensors(path)
-    keys, unknown, outside = _sorted(file.tensors)
+    tensors, about_names = as_loaders_know(file.tensors)
+    keys, unknown, outside = _sorted(tensors)
     if unknown and not carry_unknown:
         raise _unclaimed(unknown, keys, path)
-    groups = _groups(keys, file.tensors, path)
+    groups = _groups(keys, tensors, path)
     configs = packed_configs(file.metadata, path)
     _check_one_carrier(configs, keys, path)
     stated = {} if configs is None else configs.settings(sorted(groups))
@@ -123,6 +128,7 @@ def _read(path: Path, carry_unknown: bool) -> Adapter:
             *(() if configs is None else configs.caveats()),
             *_about_scale(configs, keys),
             *_about_unknown(unknown),
+            *about_names,
         ),
         dialects=dialects(keys),
         inputs=(file.file,),
