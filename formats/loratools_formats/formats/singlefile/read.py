@@ -108,6 +108,7 @@ def _read(path: Path, carry_unknown: bool) -> Adapter:
     _check_one_carrier(configs, keys, path)
     stated = {} if configs is None else configs.settings(sorted(groups))
     modules: dict[str, ModuleChange] = {}
+    about_idle = _without_idle(groups, outside)
     for module in sorted(groups):
         outside.take(module, groups[module], path)
         if groups[module]:
@@ -129,6 +130,7 @@ def _read(path: Path, carry_unknown: bool) -> Adapter:
             *_about_scale(configs, keys),
             *_about_unknown(unknown),
             *about_names,
+            *about_idle,
         ),
         dialects=dialects(keys),
         inputs=(file.file,),
@@ -152,6 +154,29 @@ def _sorted(tensors: Mapping[str, TensorRef]) -> tuple[dict[str, Key], list[str]
             if name != CONTROL_MARK:
                 unknown.append(name)
     return keys, unknown, outside
+
+
+def _without_idle(groups: dict[str, Parts], outside: _Outside) -> list[Finding]:
+    """Move what changes nothing out of the modules: an alpha alone, and factors of rank 0."""
+    idle = [module for module, parts in groups.items() if _is_idle(parts)]
+    for module in idle:
+        for tensor in groups.pop(module).values():
+            outside.carried[tensor.key] = tensor
+    if not idle:
+        return []
+    more = f" and {len(idle) - 1} more" if len(idle) > 1 else ""
+    text = f"an alpha alone, or factors of rank 0, which change nothing, in {idle[0]}{more}"
+    return [Finding("idle-modules", "warning", idle[0], text)]
+
+
+def _is_idle(parts: Parts) -> bool:
+    if parts.keys() == {"alpha"}:
+        return True
+    if not {"a", "b"} <= parts.keys() <= {"a", "b", "alpha"}:
+        return False
+    a, b = parts["a"].shape, parts["b"].shape
+    rest = (*a[1:], *b[:1], *b[2:])
+    return len(a) > 1 and len(b) > 1 and a[0] == b[1] == 0 and 0 not in rest
 
 
 def _about_scale(configs: PackedConfigs | None, keys: Mapping[str, Key]) -> list[Finding]:
