@@ -91,7 +91,7 @@ class NamedModules:
         return self._is_placed(name, table) and not is_located(self.names[name], table)
 
     def has_own_prefixes(self, table: Table) -> bool:
-        """Return whether the names that a table has stand there with the prefixes that they have."""
+        """Return whether no name has diffusers' prefix before what is original in a table."""
         return not any(self._is_foreign(name, table) for name in self.names)
 
     def is_in(self, table: Table) -> bool:

@@ -118,7 +118,7 @@ def spelling_losses(adapter: Adapter, target: Naming) -> list[Loss]:
     found = [
         Loss(name, f"is understood by no loader of {target} files")
         for name, tensor in adapter.carried.items()
-        if tensor.numel and not _states_own_shape(name, tensor, adapter) and not _is_alpha(name)
+        if tensor.numel and not _is_alpha(name)
     ]
     if target == "diffusers":
         found += [
@@ -164,14 +164,6 @@ def _is_alpha(key: str) -> bool:
     """Return whether a tensor is an alpha that belongs to no module, so that it has no effect."""
     parsed = parse(key)
     return parsed is not None and parsed.role == "alpha"
-
-
-def _states_own_shape(key: str, tensor: TensorRef, adapter: Adapter) -> bool:
-    """Return whether a tensor states the shape of a module's weight that its factors show too."""
-    change = adapter.modules.get(key.removesuffix(".reshape_weight"))
-    if not key.endswith(".reshape_weight") or change is None:
-        return False
-    return tensor.numel == 2 and tuple(tensor.load().reshape(-1).tolist()) == change.shape
 
 
 def _is_of_inputs(delta: ModuleChange) -> bool:
