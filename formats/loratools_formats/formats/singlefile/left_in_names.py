@@ -69,6 +69,7 @@ def as_loaders_know(
         return result, []
     text = (
         f"names are read without what training code left in them ({printable(first)} is "
-        f"{printable(cleaned(first))}); most loaders leave them out, and what is written is without it"
+        f"{printable(cleaned(first))}); most loaders leave them out, and what is written "
+        "has names that they know"
     )
     return result, [Finding("wrapped-names", "note", printable(first), text)]
