@@ -30,3 +30,11 @@ def test_a_run_that_ends_beside_another_leaves_it_one_thread():
         seen += outer
         assert seen == [{1}] * 6
         assert threads() == before
+
+
+def test_a_system_that_starts_no_further_thread_is_told_in_words():
+    from loratools.cli.errors import describe
+
+    told = describe(RuntimeError("can't start new thread"))
+    assert "ulimit -u" in told
+    assert "--traceback" not in told

@@ -131,6 +131,8 @@ def describe(error: BaseException) -> str:
         return worded(str(error))
     if isinstance(error, MemoryError):
         return "out of memory"
+    if isinstance(error, RuntimeError) and "start new thread" in str(error):
+        return "the system starts no further thread. Raise its limit on processes: ulimit -u"
     if isinstance(error, OSError) and error.strerror:
         where = f"{printable(error.filename)}: " if error.filename is not None else ""
         return f"{where}{error.strerror}"
