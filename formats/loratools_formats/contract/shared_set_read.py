@@ -1,9 +1,9 @@
-"""Reading the set that a file of shared bases holds: each of its tensors is taken once."""
+"""Reading sets of adapters that share bases; what a file means is in `shared_set`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from loratools_formats.contract.shared_set import (
     METADATA_KEY,
@@ -20,7 +20,7 @@ from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
-_AGAIN = "Copy the file again from where it was made, or share the adapters anew"
+_REPLACEMENTS = get_args(get_type_hints(Replacement)["kind"])
 
 
 def parsed(adapter: Adapter) -> SharedSet:
@@ -66,25 +66,40 @@ class _Parsed:
         self._found = found
         self._left = dict(adapter.carried)
         self._diagonal = {"diagonal": True, "full": False}[found["cores"]]
-        self._every: dict[int, list[int]] = {}
+        self._every: dict[int, tuple[int, ...]] = {}
+        self._of_members: dict[str, dict[str, TensorRef]] = {}
+        for key in adapter.carried:  # once, however many members and modules there are
+            what, _, rest = key.partition(".")
+            if what in ("bias", "own"):
+                place, _, name = rest.partition(".")
+                owned = self._of_members.setdefault(f"{what}.{place}", {})
+                owned[name] = self._left.pop(key)
 
     def whole(self) -> SharedSet:
-        configs = [_object(config) for config in self._found["configs"]]
+        configs = [_of_lora(_object(config)) for config in self._found["configs"]]
         entries = [_object(entry) for entry in self._found["members"]]
         groups = [_count(entry["group"], len(entries)) for entry in entries]
+        of_groups: dict[int, list[int]] = {}
         for place, group in enumerate(groups):
-            self._every.setdefault(group, []).append(place)
+            of_groups.setdefault(group, []).append(place)
+        self._every = {group: tuple(places) for group, places in of_groups.items()}
         modules = {m.name: m for m in map(self._module, self._found["modules"])}
         for module in modules.values():
             for group, part in module.parts.items():
-                if any(groups[place] != group for place in part.members):
+                if part.members is not self._every[group] and any(
+                    groups[place] != group for place in part.members
+                ):
                     raise self._fault(module.name, "cores of a member of another group")
         members = tuple(self._member(i, e, configs, modules) for i, e in enumerate(entries))
         names = {member.name.casefold() for member in members}
         if not members or not modules or len(names) < len(members):
             raise _broken(self._adapter, "it has no members or modules, or two of one name")
-        if self._left:
-            raise self._fault(next(iter(self._left)), "a tensor that its metadata do not mention")
+        left = [
+            *self._left,
+            *(f"{of}.{key}" for of in self._of_members for key in self._of_members[of]),
+        ]
+        if left:
+            raise self._fault(left[0], "a tensor that its metadata do not mention")
         base = self._found.get("base_model")
         return SharedSet(self._diagonal, None if base is None else str(base), members, modules)
 
@@ -92,10 +107,13 @@ class _Parsed:
         name = _text(entry["name"])
         parts = {}
         for group, given in entry["members"].items():
-            members = self._every[int(group)] if given is None else given
-            places = tuple(_count(place, len(self._found["members"])) for place in members)
-            if group != str(int(group)) or len(set(places)) < len(places) or not places:
-                raise self._fault(name, "an impossible list of members")
+            places = self._every[int(group)]
+            if given is not None:
+                places = tuple(_count(place, len(self._found["members"])) for place in given)
+                if len(set(places)) < len(places) or not places:
+                    raise self._fault(name, "an impossible list of members")
+            if group != str(int(group)):
+                raise self._fault(name, "an impossible group")
             parts[int(group)] = self._part(name, int(group), places)
         return SharedModule(name, _layer(entry["layer"]), parts)
 
@@ -121,23 +139,22 @@ class _Parsed:
         modules: Mapping[str, SharedModule],
     ) -> Member:
         name = possible_name(_text(entry["name"]))
-        biases = {
-            module: self._left.pop(key)
-            for module in modules
-            if (key := f"bias.{place}.{module}") in self._left
-        }
-        replacements = {
-            key: Replacement(
-                one["kind"],
-                _text(one["target"]),
-                self._take(f"own.{place}.{key}"),
-                tuple(map(int, one["rows"])),
-            )
-            for key, one in entry["replacements"].items()
-        }
-        prefix = f"own.{place}."
-        keys = [key for key in self._left if key.startswith(prefix)]
-        carried = {key.removeprefix(prefix): self._left.pop(key) for key in keys}
+        given = self._of_members.pop(f"bias.{place}", {})
+        biases = {module: given[module] for module in modules if module in given} if given else {}
+        if len(biases) < len(given):
+            raise self._fault(f"bias.{place}", "biases of modules that it does not have")
+        carried = self._of_members.pop(f"own.{place}", {})
+        replacements = {}
+        for key, one in entry["replacements"].items():
+            if one["kind"] not in _REPLACEMENTS:
+                raise ValueError(f"a replacement of kind {one['kind']!r}")
+            if key not in carried:
+                raise self._fault(
+                    f"own.{place}.{key}", "no such tensor, which its metadata mention"
+                )
+            rows = tuple(_count(row, 1 << 31) for row in one["rows"])
+            target, tensor = _text(one["target"]), carried.pop(key)
+            replacements[key] = Replacement(one["kind"], target, tensor, rows)
         error = float(entry["relative_error"])
         config = configs[_count(entry["config"], len(configs))]
         group = int(entry["group"])
@@ -157,6 +174,9 @@ class _Parsed:
         )
 
 
+_AGAIN = "Copy the file again from where it was made, or share the adapters anew"
+
+
 def _broken(adapter: Adapter, problem: str) -> AdapterError:
     return AdapterError(f"not a sound shared set: {problem}", path=adapter.source, hint=_AGAIN)
 
@@ -174,6 +194,14 @@ def _layer(entry: Mapping[str, Any]) -> Layer:
         entry["transposed_if_square"],
         entry["swapped"],
     )
+
+
+def _of_lora(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a configuration; what is shared are LoRAs, and so is what is taken out again."""
+    kind = config.get("peft_type", "LORA")
+    if not isinstance(kind, str) or kind.upper() != "LORA":
+        raise ValueError(f"a member of peft_type {kind!r}")
+    return {**config, "peft_type": "LORA"} if config else config
 
 
 def _object(value: Any) -> Mapping[str, Any]:
