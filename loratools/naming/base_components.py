@@ -40,7 +40,7 @@ _ROLES_OF = {
     "lora_te_": ("text_encoder",),
     "lora_te1_": ("text_encoder",),
     "lora_te2_": ("text_encoder_2",),
-    "lora_te3_": ("text_encoder_3", "text_encoder_2"),
+    "lora_te3_": ("text_encoder_3", "text_encoder_2", "text_encoder"),  # T5; alone in Chroma
     "lora_te4_": ("text_encoder_4",),
     "transformer_2.": ("transformer_2", DENOISER),
     "prior.": ("prior", DENOISER),
