@@ -79,9 +79,13 @@ def dialects(keys: Mapping[str, Key]) -> tuple[Dialect, ...]:
     found: dict[str, list[str]] = {}
     is_control = any(key.role == "norm_scale" for key in keys.values())
     rules = [rule for rule in _RULES if is_control or rule.name != BFL_CONTROL]
+    known: dict[tuple[object, ...], _Rule] = {}
     for name, key in keys.items():
-        rule = next(rule for rule in rules if rule.holds(key))
-        found.setdefault(rule.name, []).append(name)
+        of_path = is_control and key.path  # which nothing else depends on
+        traits = key.role, key.style, key.prefix, key.naming, key.flat, of_path
+        if traits not in known:
+            known[traits] = next(rule for rule in rules if rule.holds(key))
+        found.setdefault(known[traits].name, []).append(name)
     reasons = {rule.name: rule.why for rule in _RULES}
     ordered = sorted(found.items(), key=lambda entry: (-len(entry[1]), entry[0]))
     return tuple(Dialect(name, reasons[name], keys[0], len(keys)) for name, keys in ordered)
