@@ -97,8 +97,4 @@ def main() -> None:
     # Threads go over modules and BLAS is held to one everywhere; its own, started with NumPy, would
     # only wait in a loop and take a core from ours.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    if "_LORATOOLS_COMPLETE" in os.environ:
-        from loratools.cli import shells
-
-        shells.register()
     errors.run(cli)
