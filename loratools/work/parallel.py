@@ -93,7 +93,6 @@ class _OneThread:
                 self._limits.restore_original_limits()
                 self._limits = None
 
-
     def _controller(self) -> ThreadpoolController:
         """Return what sets the threads of all libraries; a library comes with a Python module."""
         if self._known is None or self._modules != len(sys.modules):
