@@ -51,7 +51,11 @@ def command(adapters: tuple[Path, ...], reading: Reading, reporting: Reporting) 
     loratools info my-quantised-model
     """  # noqa: D301 - click reads the backspace
     if not adapters:
-        raise OptionError("no adapter given", expected="ADAPTER...")
+        raise OptionError(
+            "no adapter given",
+            expected="ADAPTER...",
+            hint="All below this folder: loratools info .",
+        )
     alone = adapters[0] if len(adapters) == 1 and reading.from_ is None else None
     if alone is not None and is_base(alone) and not is_recognised(alone):
         return _show_base(alone, reporting)
