@@ -76,18 +76,17 @@ def with_flag(line, flag, text):
     (option,) = (one for one in command_of(line).params if flag in one.opts)
     if option.is_flag:
         return f"{line} {flag}"
-    value = re.search(rf"{flag}[ =]([\w%./^$|:-]*[\dA-Z%/=^][\w%./^$|:=-]*|[a-z]+(?=$|[.,;]))", text)
+    given = r"([\w%./^$|:-]*[\dA-Z%/=^][\w%./^$|:=-]*|[a-z]+(?=$|[.,;]))"
+    value = re.search(rf"{flag}[ =]{given}", text)
     bare = re.sub(rf" (?:{'|'.join(option.opts)})[ =]\S+", "", line)
     return f"{bare} {flag} {filled(value[1].rstrip('.')) if value else VALUES[flag]}"
 
 
 def next_line(line, message):
     """Return the line that a message says to type next."""
-    commands = [
-        found
-        for found in re.findall(r"loratools ([a-z-]+(?: .*?)?)(?=, or |\. [A-Z]|; |, which|$)", message)
-        if found.split()[0] in cli.list_commands(None)
-    ]
+    ends = r"(?=, or |\. [A-Z]|; |, which|$)"
+    found = re.findall(rf"loratools ([a-z-]+(?: .*?)?){ends}", message)
+    commands = [one for one in found if one.split()[0] in cli.list_commands(None)]
     if commands:
         return filled(commands[-1])
     words = shlex.split(line)
@@ -97,14 +96,18 @@ def next_line(line, message):
         message,
     )
     if named:
-        places = (r"(?:option|command|named|got) '?([^'; ]+?)(?:'|[;.] |$|\.0;)", r"^(\S+?): ", r"^(\S+)")
+        got = r"(?:option|command|named|got) '?([^'; ]+?)(?:'|[;.] |$|\.0;)"
+        places = (got, r"^(\S+?): ", r"^(\S+)")
         wrong = next(filter(None, (re.search(one, message) for one in places)))[1]
-        again = lambda one: one == wrong or (one.endswith(wrong) and ":" in named[1])
-        return shlex.join(named[1] if again(one) else one for one in words)
+        weighted = wrong if ":" in named[1] else ""
+        return shlex.join(
+            named[1] if one == wrong or (weighted and one.endswith(weighted)) else one
+            for one in words
+        )
     instead = re.search(r"write (--\S+) (\S+) in its place", message)
     if instead:
         return shlex.join([*(one for one in words if one != instead[2]), *instead.groups()])
-    flags = [flag for flag in re.findall(r"--[a-z-]+", message.rpartition(". ")[2] or message)]
+    flags = re.findall(r"--[a-z-]+", message.rpartition(". ")[2] or message)
     known = {flag for one in command_of(line).params for flag in one.opts}
     wanted = [flag for flag in flags if flag in known and flag not in words]
     assert flags, f"no next step: {message}"

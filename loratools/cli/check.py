@@ -77,7 +77,7 @@ def command(
         raise OptionError(
             "no adapter given",
             expected="ADAPTER...",
-            hint="All below this folder: loratools check .",
+            hint="All below this folder: loratools check ./",
         )
     if writing.output is not None and not fixing.fix and presenting.output_format != "text":
         to = f"--output-format {presenting.output_format} > {shlex.quote(str(writing.output))}"

@@ -58,7 +58,7 @@ class Command(click.Command):
             self.params.append(DeclaredOption(_REVISION, ["revision", flag], help=help_text))
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the arguments; say what an unknown option is called, and how to make a missing one."""
+        """Parse the arguments; tell the name of an unknown option, and how to get a missing one."""
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:

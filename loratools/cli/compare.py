@@ -120,7 +120,7 @@ def _check_several(adapters: Sequence[Path]) -> None:
     if len(adapters) == 2 and all(map(is_model, adapters)):
         raise OptionError(
             "both are models, and two models are compared where an adapter acts",
-            hint=f"Name one: loratools compare ADAPTER --bases {' '.join(quoted)}",
+            hint=f"Name one: loratools compare ADAPTER --bases {quoted[0]} {quoted[1]}",
         )
 
 

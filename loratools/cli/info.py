@@ -54,7 +54,7 @@ def command(adapters: tuple[Path, ...], reading: Reading, reporting: Reporting) 
         raise OptionError(
             "no adapter given",
             expected="ADAPTER...",
-            hint="All below this folder: loratools info .",
+            hint="All below this folder: loratools info ./",
         )
     alone = adapters[0] if len(adapters) == 1 and reading.from_ is None else None
     if alone is not None and is_base(alone) and not is_recognised(alone):

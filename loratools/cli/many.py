@@ -87,7 +87,7 @@ def one_or_many(*names: str) -> shared.Decorator:
                 raise OptionError(
                     "no adapter given",
                     expected="ADAPTER [OUTPUT]",
-                    hint="To see those below this folder: loratools info .",
+                    hint="To see those below this folder: loratools info ./",
                 )
             adapter, *places = adapters
             if len(places) > 1:
@@ -119,9 +119,10 @@ def _of_several(path: Path, writing: Writing, error: UnknownFormatError) -> Unkn
     from loratools_formats.contract.path_kinds import kind_of
 
     kind = kind_of(path)
-    is_shelf = path.is_dir() and (kind is None or kind.what.startswith("is a folder that holds"))
-    inner = adapters_in([path]) if is_shelf else []
-    if inner in ([], [path]):
+    may_be_shelf = kind is None or kind.what.startswith("is a folder that holds")
+    inner = adapters_in([path]) if path.is_dir() and may_be_shelf else []
+    is_told = kind is not None and all(one.parent == path for one in inner)
+    if inner in ([], [path]) or is_told:
         return error
     first = shlex.quote(str(inner[0]))
     place = "DIR" if writing.output is None else shlex.quote(str(writing.output))

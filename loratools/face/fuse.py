@@ -216,15 +216,7 @@ def fuse(
         OutputExistsError: the output exists and `overwrite` is false.
         OutputError: not enough space, or writing failed; nothing was changed.
     """
-    try:
-        inputs = fuse_inputs(adapters, reading, dropping)
-    except UnknownFormatError as error:
-        command = _in_order(base, adapters)
-        if command is None:
-            raise
-        raise UnknownFormatError(
-            "the adapter stands where the model belongs", path=str(base), hint=command
-        ) from error
+    inputs = _inputs(base, adapters, reading, dropping)
     read = [item.adapter for item in inputs]
     fusion: _AnyFusion
     if isinstance(base, str | os.PathLike) and is_gguf(Path(base)):
@@ -283,6 +275,19 @@ def fuse_inputs(
         FuseInput(adapter, weight, label(source))
         for adapter, (source, weight) in zip(read, given, strict=True)
     ]
+
+
+def _inputs(base: object, adapters: Any, reading: Reading, dropping: Dropping) -> list[FuseInput]:
+    """Return the inputs; raise another error for an adapter that is named before its model."""
+    try:
+        return fuse_inputs(adapters, reading, dropping)
+    except UnknownFormatError as error:
+        command = _in_order(base, adapters)
+        if command is None:
+            raise
+        raise UnknownFormatError(
+            "the adapter stands where the model belongs", path=str(base), hint=command
+        ) from error
 
 
 def _in_order(base: object, adapters: Any) -> str | None:

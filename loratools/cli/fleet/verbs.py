@@ -41,9 +41,11 @@ class FleetCommand(Command):
         ctx.obj = args[cut + 1 :]
         try:
             return super().parse_args(ctx, args[:cut])
-        except click.NoSuchOption as error:
+        except click.UsageError as told:
+            error = told if isinstance(told, click.NoSuchOption) else told.__cause__
             verb = str(self.name).removeprefix("fleet ")
-            if error.option_name not in {made.flag for _, made in VERBS[verb].options.values()}:
+            flags = {made.flag for _, made in VERBS[verb].options.values()}
+            if not isinstance(error, click.NoSuchOption) or error.option_name not in flags:
                 raise
             at = next(i for i, one in enumerate(args) if one.startswith(error.option_name))
             given = [one for one in args[at + 1 : cut][:1] if not one.startswith("-")]
