@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from loratools.algebra.cancelling import core_of
 from loratools.algebra.device import Device
 from loratools.algebra.one_matrix import Matrix
 from loratools.algebra.thin import Thin
@@ -147,3 +148,58 @@ def test_a_change_that_cancels_whole_is_zero_and_loses_nothing():
     assert not new_b.any()
     assert not new_a.any()
     assert matrix.squared_error(new_b, new_a) == 0.0
+
+
+def weighted(b: np.ndarray, a: np.ndarray, weights: np.ndarray) -> list[list[Fraction]]:
+    """Return b @ diag(weights) @ a as fractions."""
+    left = [
+        [Fraction(float(x)) * Fraction(float(w)) for x, w in zip(row, weights, strict=True)]
+        for row in b
+    ]
+    right = [[Fraction(float(x)) for x in row] for row in a.T]
+    return [[sum(x * y for x, y in zip(u, v, strict=True)) for v in right] for u in left]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_core_is_off_by_no_more_than_its_floor(seed):
+    rng = np.random.default_rng(seed)
+    out, width, pairs = (int(n) for n in rng.integers(1, 9, 3))
+    c = rng.standard_normal((out, pairs)) * 2.0 ** rng.integers(-90, 90, pairs)
+    d = rng.standard_normal((pairs, width)) * 2.0 ** rng.integers(-90, 90, (pairs, 1))
+    small = 10.0 ** rng.uniform(-40, -1)
+    b, weights = np.hstack([c, c]), np.repeat([1.7, -1.7], pairs)
+    a = np.vstack([d * (1.0 + small * rng.standard_normal(d.shape)), d])
+    if seed % 3 == 0:  # the same matrix, turned, so that no column is like another
+        turned = np.linalg.qr(rng.standard_normal((pairs, pairs)))[0]
+        b, a = np.hstack([c, c @ turned]), np.vstack([d, turned.T @ d])
+    if seed % 5 == 0:
+        b, a, weights = np.hstack([b, 0 * b]), np.vstack([a, a]), np.tile(weights, 2)
+    core = core_of(b, a, weights)
+    whole = weighted(core.q_b @ core.core, core.q_a.T, np.ones(core.core.shape[1]))
+    truth = weighted(b, a, weights)
+    own_rounding = 1e-14 * norm(truth)
+    assert abs(float(np.linalg.norm(core.core)) - norm(truth)) <= core.floor + own_rounding
+    assert norm(difference(truth, whole)) <= core.floor + own_rounding
+    terms = np.linalg.norm(b, axis=0) * np.linalg.norm(a, axis=1) * np.abs(weights)
+    assert core.floor <= 1e-27 * terms.sum()
+    for q in (core.q_b, core.q_a):
+        np.testing.assert_allclose(q.T @ q, np.eye(q.shape[1]), atol=1e-13)
+
+
+def test_rows_that_are_summed_in_blocks():
+    rng = np.random.default_rng(3)
+    c, d = rng.standard_normal((2500, 1)), rng.standard_normal((1, 2))
+    core = core_of(
+        np.hstack([c, c]),
+        np.vstack(
+            [
+                d,
+                d * (1 + 1e-20),
+            ]
+        ),
+        np.array([1.0, -1.0]),
+    )
+    assert core.norm == 0.0
+    b, a = np.hstack([c, c * (1.0 - 2.0**-52)]), np.vstack([d, d])
+    truth = norm(weighted(b, a, np.array([1.0, -1.0])))
+    assert core_of(b, a, np.array([1.0, -1.0])).norm == pytest.approx(truth, rel=1e-9)

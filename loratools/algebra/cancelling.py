@@ -2,18 +2,22 @@
 
 Gram matrices see ‖ΔW‖ only above √ε of Σ‖bᵢ‖‖aᵢ‖, QR in float64 above ε of it, at a hundredth of
 what is said next. Where `cancels` says that the first may not be enough, and `is_enough` that the
-second is not, the factors are orthogonalised in double-double arithmetic, pairs of float64 whose
-sum has about 100 bits, and only the small core is rounded to float64. What lies below `floor`
-cannot be told from zero even so.
+second is not, QR in float64 is corrected by what it left out: b = Q_b R_b + rest_b, and a likewise,
+with rests of about 100 bits. ΔW is then Q_b (R_b diag(w) R_aᵀ) Q_aᵀ, whose core cancels in about
+100 bits and is rounded after that, and two products with a rest, which are small where they are
+added. What lies below `floor` cannot be told from zero even so.
 
-Sources: Dekker 1971 (products), Knuth (sums), Giraud et al. 2005 (Gram–Schmidt, twice is enough).
+A product has about 100 bits if its factors are sliced into whole numbers so short that matrix
+products of slices are exact in float64, whatever the order of their sums.
+
+Sources: Ozaki et al. 2012 (slices), Knuth (sums), Dekker 1971 (products).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -26,14 +30,14 @@ _LEAST_SHARE = 1e-3
 _LEAST_SHARE_FOR_QR = 1e-9
 """Of the same; QR in float64 then errs by about 1e-11 of ‖ΔW‖, far below what float32 can store."""
 
-_ERROR = 2.0**-94
-"""Of a double-double sum over the rows, relative to its terms; more than any sum here makes."""
+_ERROR = 2.0**-100
+"""Of a term, by which slices and sums of about 100 bits may be off."""
 
-_WHOLE = 0.5
-"""Of a column's length, above which what is left of it needs no second sweep."""
+_BITS = 108
+"""Of a row's largest number, that slices keep."""
 
-_SHORT = 1e-10
-"""Of a column's length, below which what is left of it is made orthogonal once more."""
+_ROWS = 1024
+"""Of a product that are summed at once."""
 
 _SPLIT = 134217729.0  # 2²⁷ + 1
 
@@ -68,31 +72,18 @@ class Cancellation:
         return self.squared_norm >= _LEAST_SHARE_FOR_QR * self.terms
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Numbers of about 100 bits, `high + low`, in arrays of equal shape."""
-
-    high: Array
-    low: Array
-
-    def __getitem__(self, key: Any) -> Pair:
-        return Pair(self.high[key], self.low[key])
-
-    @property
-    def transposed(self) -> Pair:
-        """The transpose."""
-        return Pair(self.high.T, self.low.T)
-
-
-def _quick_sum(x: Array, y: Array) -> Pair:
-    total = x + y
-    return Pair(total, y - (total - x))
-
-
-def _two_sum(x: Array, y: Array) -> Pair:
+def _two_sum(x: Array, y: Array) -> tuple[Array, Array]:
+    """Return x + y in float64, and what its rounding left out."""
     total = x + y
     back = total - x
-    return Pair(total, (x - (total - back)) + (y - back))
+    return total, (x - (total - back)) + (y - back)
+
+
+def _two_product(x: Array, y: Array) -> tuple[Array, Array]:
+    """Return x · y in float64, and what its rounding left out."""
+    product = x * y
+    (x1, x2), (y1, y2) = _halves(x), _halves(y)
+    return product, ((x1 * y1 - product) + x1 * y2 + x2 * y1) + x2 * y2
 
 
 def _halves(x: Array) -> tuple[Array, Array]:
@@ -101,85 +92,44 @@ def _halves(x: Array) -> tuple[Array, Array]:
     return high, x - high
 
 
-def _times(x: Pair, y: Pair) -> Pair:
-    product = x.high * y.high
-    (x1, x2), (y1, y2) = _halves(x.high), _halves(y.high)
-    error = ((x1 * y1 - product) + x1 * y2 + x2 * y1) + x2 * y2
-    return _quick_sum(product, error + (x.high * y.low + x.low * y.high))
+def _slices(rows: Array, bits: int) -> Iterator[tuple[Array, Array]]:
+    """Yield whole numbers (n, r) of so many bits, and the power of two of each row (n, 1).
 
-
-def _plus(x: Pair, y: Pair) -> Pair:
-    high, low = _two_sum(x.high, y.high), _two_sum(x.low, y.low)
-    first = _quick_sum(high.high, high.low + low.high)
-    return _quick_sum(first.high, first.low + low.low)
-
-
-def _minus(x: Pair, y: Pair) -> Pair:
-    return _plus(x, Pair(-y.high, -y.low))
-
-
-def _total(x: Pair) -> Pair:
-    """Return the sums over the first axis, in a tree."""
-    while len(x.high) > 1:
-        half = len(x.high) // 2
-        rest = x[2 * half :]
-        x = _plus(x[:half], x[half : 2 * half])
-        if len(rest.high):
-            x = Pair(np.concatenate([x.high, rest.high]), np.concatenate([x.low, rest.low]))
-    return x[0]
-
-
-def _root(x: Pair) -> Pair:
-    """Return the square root of numbers above 0."""
-    first = np.sqrt(x.high)
-    square = _times(Pair(first, np.zeros_like(first)), Pair(first, np.zeros_like(first)))
-    return _quick_sum(first, _minus(x, square).high / (2.0 * first))
-
-
-def _over(x: Pair, divisor: Pair) -> Pair:
-    """Return x divided by one number."""
-    first = x.high / divisor.high
-    spread = Pair(
-        np.broadcast_to(divisor.high, first.shape), np.broadcast_to(divisor.low, first.shape)
-    )
-    rest = _minus(x, _times(Pair(first, np.zeros_like(first)), spread))
-    return _quick_sum(first, rest.high / divisor.high)
-
-
-def _orthogonalised(columns: Array) -> tuple[Array, Pair]:
-    """Return Q (n, k) rounded to float64 and R (k, r), Q @ R = columns.
-
-    k is the number of columns that do not depend on those before them.
+    Their sum is `rows`, up to 2 ** -_BITS of the largest number of each row.
     """
-    rows, rank = columns.shape
-    most = min(rows, rank)
-    q = Pair(np.zeros((rows, most)), np.zeros((rows, most)))
-    r = Pair(np.zeros((most, rank)), np.zeros((most, rank)))
-    k = 0
-    for j in range(rank):
-        v = Pair(columns[:, j].copy(), np.zeros(rows))
-        size = float(np.linalg.norm(v.high))
-        known = q[:, :k]
-        for sweep in range(2 if k else 0):
-            if sweep and float(np.linalg.norm(v.high)) > _WHOLE * size:
-                break
-            share = _total(_times(known, Pair(v.high[:, None], v.low[:, None])))
-            taken = _total(_times(known, share).transposed)
-            v = _minus(v, taken)
-            added = _plus(r[:k, j], share)
-            r.high[:k, j], r.low[:k, j] = added.high, added.low
-        if k == most or float(np.linalg.norm(v.high)) <= rows * _ERROR * size:
-            continue
-        length = _root(_total(_times(v, v)))
-        unit = _over(v, length)
-        if k and float(length.high) < _SHORT * size:  # no more orthogonal than it is long
-            share = _total(_times(known, Pair(unit.high[:, None], unit.low[:, None])))
-            unit = _minus(unit, _total(_times(known, share).transposed))
-            unit = _over(unit, _root(_total(_times(unit, unit))))
-        q.high[:, k], q.low[:, k] = unit.high, unit.low
-        r.high[k, j], r.low[k, j] = length.high, length.low
-        k += 1
-    return q.high[:, :k], r[:k]
+    power = np.frexp(np.abs(rows).max(axis=1, keepdims=True))[1]
+    left = np.ldexp(rows, -power)
+    for done in range(bits, _BITS + bits, bits):
+        if not left.any():
+            return
+        scaled = np.ldexp(left, bits)
+        whole = np.rint(scaled)
+        yield whole, power - done
+        left = scaled - whole
+
+
+def _plus_product(x: Array, left: Array, right: Array) -> Array:
+    """Return x + left @ right, rounded to float64 after about 100 bits.
+
+    Args:
+        x: (n, m) float64.
+        left: (n, r) float64.
+        right: (r, m) float64.
+    """
+    bits = (53 - max(1, len(right) - 1).bit_length()) // 2
+    of_right = [(whole.T, power.T) for whole, power in _slices(right.T, bits)]
+    result = np.empty_like(x)
+    for start in range(0, len(x), _ROWS):
+        rows = slice(start, start + _ROWS)
+        total, lost = x[rows], np.zeros_like(x[rows])
+        for i, (of_left, power) in enumerate(_slices(left[rows], bits)):
+            for j, (whole, other) in enumerate(of_right):
+                if (i + j) * bits > _BITS:
+                    break
+                total, more = _two_sum(total, np.ldexp(of_left @ whole, power + other))
+                lost += more
+        result[rows] = total + lost
+    return result
 
 
 @dataclass(frozen=True)
@@ -189,13 +139,15 @@ class Core:
     Attributes:
         q_b: (out, k), orthonormal columns.
         q_a: (in, l), likewise.
-        core: (k, l) float64.
+        core: (k, l) float64; of no higher rank than r, up to `floor`.
+        rank: r, the number of terms.
         floor: the most that ‖core‖_F may be off, before its own rounding.
     """
 
     q_b: Array
     q_a: Array
     core: Array
+    rank: int
     floor: float
 
     @property
@@ -213,32 +165,54 @@ def core_of(b: Array, a: Array, weights: Array) -> Core:
         a: (r, in) finite.
         weights: (r,) float64.
     """
-    (b, b_power), (a, a_power) = _normalised(b), _normalised(a)
-    q_b, r_b = _orthogonalised(b)
-    q_a, r_a = _orthogonalised(np.ascontiguousarray(a.T))
-    weighted = _times(r_b, Pair(weights[None, :], np.zeros((1, len(weights)))))
-    # Row k of the sum has the terms weighted[:, k] · r_a[:, k]ᵀ; sums over k run in a tree.
-    core = np.empty((len(r_b.high), len(r_a.high)))
-    for row in range(len(r_b.high)):
-        terms = _times(
-            Pair(weighted.high[row][:, None], weighted.low[row][:, None]), r_a.transposed
-        )
-        core[row] = _total(terms).high
-    sizes = np.linalg.norm(b, axis=0) * np.linalg.norm(a, axis=1) * np.abs(weights)
-    floor = (b.shape[0] + a.shape[1] + len(weights)) * _ERROR * float(sizes.sum())
-    power = b_power + a_power
-    return Core(q_b, q_a, np.ldexp(core, power), float(np.ldexp(floor, power)))
+    (b, b_powers), (a, a_powers) = _normalised(b), _normalised(a.T)
+    weights, powers = np.frexp(weights)
+    powers = np.where(weights == 0.0, 0, powers + b_powers + a_powers)
+    power = powers.max(initial=0)
+    weights = np.ldexp(weights, powers - power)
+    (q_b, r_b), (q_a, r_a) = np.linalg.qr(b), np.linalg.qr(a)
+    rest_b, rest_a = _plus_product(b, -q_b, r_b), _plus_product(a, -q_a, r_a)
+    weighted, lost = _two_product(r_b, weights[None, :])
+    inner = _plus_product(lost @ r_a.T, weighted, r_a.T)
+    from_b, from_a = rest_b @ (weights[:, None] * r_a.T), rest_a @ weighted.T
+    # b diag(w) aᵀ = q_b inner q_aᵀ + from_b q_aᵀ + q_b from_aᵀ, but for both rests' product.
+    u, t = np.linalg.qr(np.hstack([q_b, from_b]))
+    v, z = np.linalg.qr(np.hstack([q_a, from_a]))
+    (of_b, of_rest_b), (of_a, of_rest_a) = _parted(t, len(r_b)), _parted(z, len(r_a))
+    core = of_b @ inner @ of_a.T + (of_rest_b @ of_a.T + of_b @ of_rest_a.T)
+    floor = _floor(b, a, weights, rest_b, rest_a)
+    return Core(u, v, np.ldexp(core, power), len(weights), float(np.ldexp(floor, power)))
 
 
-def _normalised(factor: Array) -> tuple[Array, int]:
-    """Return a factor whose largest number is about 1, and the power of two that was taken out."""
-    wide = factor.astype(np.float64)
-    largest = float(np.abs(wide).max(initial=0.0))
-    power = math.frexp(largest)[1] if largest else 0
-    return np.ldexp(wide, -power), power
+def _parted(columns: Array, count: int) -> tuple[Array, Array]:
+    return columns[:, :count], columns[:, count:]
+
+
+def _floor(b: Array, a: Array, weights: Array, rest_b: Array, rest_a: Array) -> float:
+    """Return the most by which rounding and the product of the rests may have changed the core."""
+    of_b, of_a, of_rest_b, of_rest_a = (
+        np.linalg.norm(part, axis=0) for part in (b, a, rest_b, rest_a)
+    )
+    of_b = of_b * np.abs(weights)
+    steps = len(b) + len(a) + len(weights)
+    rounded = 2.0**-53 * (of_rest_b * np.abs(weights) * of_a + of_b * of_rest_a)
+    return float((steps * (_ERROR * of_b * of_a + 4.0 * rounded)).sum()) + float(
+        (of_rest_b * np.abs(weights) * of_rest_a).sum()
+    )
+
+
+def _normalised(columns: Array) -> tuple[Array, Array]:
+    """Return columns whose largest numbers are about 1, and the powers of two that were taken out.
+
+    Slices of a row would else keep no more of short columns than long ones leave over.
+    """
+    wide = columns.astype(np.float64)
+    powers = np.frexp(np.abs(wide).max(axis=0, initial=0.0))[1]
+    return np.ldexp(wide, -powers), powers
 
 
 def triplets_of(core: Core) -> tuple[Array, Array, Array]:
     """Return U (out, k), S (k,) and Vᵀ (k, in) of a core; zeros where it cannot be told from 0."""
     u, s, vt = np.linalg.svd(core.core, full_matrices=False)
+    u, s, vt = u[:, : core.rank], s[: core.rank], vt[: core.rank]
     return core.q_b @ u, np.where(s > core.floor, s, 0.0), vt @ core.q_a.T

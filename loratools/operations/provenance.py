@@ -17,6 +17,7 @@ from loratools.work.history import about, from_metadata, tells_how, unfolded
 from loratools_formats.containers.safetensors_read import read_safetensors
 from loratools_formats.contract.path_kinds import missing
 from loratools_formats.disk.errors import AdapterError, LoratoolsError, MissingFileError
+from loratools_formats.disk.files import is_trouble
 from loratools_formats.disk.provenance import PROVENANCE_FILE, load_statement, sha256_of
 
 Predicate = Mapping[str, Any]
@@ -133,7 +134,9 @@ def statement_of(path: Path) -> dict[str, Any]:
 def _of_metadata(path: Path) -> dict[str, Any] | None:
     try:
         metadata = read_safetensors(path).metadata
-    except LoratoolsError:
+    except LoratoolsError as error:
+        if is_trouble(error):
+            raise
         return None
     return from_metadata(metadata, path.name, {"sha256": sha256_of(path)})
 

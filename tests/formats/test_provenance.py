@@ -1,9 +1,13 @@
 """The statement beside an output: digests of what was written, in JSON that everybody can read."""
 
+import errno
 import hashlib
 import os
 
-from loratools_formats.disk.provenance import statement
+import pytest
+
+from loratools_formats.disk.errors import AdapterError
+from loratools_formats.disk.provenance import read_statement, statement
 from loratools_formats.disk.strict_json import loads
 
 
@@ -22,3 +26,22 @@ def test_statement(tmp_path):
     assert found["predicate"]["options"] == {"include": r"ü\udcff", "rank": 2}
     assert str(tmp_path) not in text.decode()
     assert text == statement(predicate, [tmp_path / name for name in names])
+
+
+@pytest.mark.parametrize("call", ["open", "pread"])
+def test_a_statement_that_the_system_fails_to_read_is_not_taken_for_none(
+    call, tmp_path, monkeypatch
+):
+    place = tmp_path / "provenance.json"
+    place.write_bytes(statement({"operation": "squeeze"}, []))
+    assert read_statement(place) is not None
+
+    def fails(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fails)
+        with pytest.raises(AdapterError, match="Input/output error"):
+            read_statement(place)
+    place.write_text("notes")
+    assert read_statement(place) is None

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loratools_formats.disk import strict_json
 from loratools_formats.disk.strict_json import StrictJsonError, loads
 
 BAD = {
@@ -87,3 +88,15 @@ def test_anything_is_read_as_json_does_or_refused(text):
     except StrictJsonError:
         return
     assert value == json.loads(text)
+
+
+def test_negative_zeros_within_text_cost_nothing_and_are_kept(monkeypatch):
+    """Kohya's SDXL files say `sdxl_base_v1-0`, and reading every integer by hand takes time."""
+    monkeypatch.setattr(strict_json, "_integer", None)  # would fail if it were asked
+    assert loads(b'{"v1-0": ["v1-0", -0.5, -0e1, 10]}') == {"v1-0": ["v1-0", -0.5, 0.0, 10]}
+
+
+@pytest.mark.parametrize("text", ["-0", "[-0]", '{"a":-0}', '{"a": -0 }', "[1,-0]", "\n-0"])
+def test_negative_zero_is_no_integer(text):
+    with pytest.raises(StrictJsonError, match="-0 is no integer"):
+        loads(text.encode())

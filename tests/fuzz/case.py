@@ -175,6 +175,13 @@ def use(seed: Seed, room: Path) -> None:
         loratools.replay(path, output=room / "again")
     elif role == "baseline":
         loratools.check(path.parent / "one", baseline=path)
+    elif role == "set":
+        _taken_apart(path, room)
+    elif role == "shelf":
+        shared = room / "shared.safetensors"
+        adapters = sorted(path.iterdir())
+        loratools.fleet_share(adapters, rank=1, allow_missing=True, workers=1, output=shared)
+        loratools.fleet_unshare(shared, all=True, workers=1, output=room / "out")
     else:
         loratools.info(path, format=seed.given).to_dict()
         how = {"format": seed.given, "workers": 1}
@@ -193,6 +200,26 @@ def _merged(path: Path) -> None:
     recipe = load_recipe(path)
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"):
         recipe.options.rule.override(name)
+
+
+def _taken_apart(path: Path, room: Path) -> None:
+    """Take the adapters out of a shared set, and add one; what is written must be sound."""
+    loratools.info(path).to_dict()
+    more = room / "more.safetensors"
+    with contextlib.suppress(LoratoolsError):
+        loratools.fleet_add(path, path.parent / "two", name="more", workers=1, output=more)
+    if more.exists():
+        loratools.fleet_unshare(more, name="more", workers=1)
+    loratools.fleet_unshare(path, all=True, workers=1, output=room / "out")
+    for one in sorted((room / "out").iterdir()):
+        _sound(one)
+
+
+def _sound(path: Path) -> None:
+    try:
+        loratools.squeeze(path, rank=1, workers=1)
+    except LoratoolsError as error:
+        raise AssertionError(f"what was written is refused: {error}") from error
 
 
 def others_refuse(path: Path) -> str:

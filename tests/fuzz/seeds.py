@@ -65,7 +65,8 @@ class Seed:
         format: what is counted together.
         path: file or folder that commands are given.
         mutated: the file of it that is changed.
-        role: what a command takes it for: adapter, base, recipe, steps, names, statement, baseline.
+        role: what a command takes it for: adapter, base, recipe, steps, names, statement, baseline,
+            a shared set, or a shelf of adapters to share.
         given: the format that is told to commands, where a file does not tell its own.
     """
 
@@ -118,6 +119,16 @@ def make(folder: Path) -> list[Seed]:
         files = [place] if place.is_file() else sorted(place.glob("adapter*"))
         seeds += [Seed(f"{to}/{file.name}", to, place, file) for file in files]
     _partly(small, folder / "two")
+    shared = folder / "shared.safetensors"
+    loratools.fleet_share([small, folder / "two"], rank=1, allow_missing=True, output=shared)
+    seeds.append(Seed(shared.name, "shared sets", shared, shared, "set"))
+    for name in (weights, config):
+        shelf = folder / "shelf" / name.partition(".")[0]
+        shutil.copytree(small, shelf / "other")
+        shutil.copytree(folder / "two", shelf / "two")
+        seeds.append(
+            Seed(f"shelf/{name}", "adapters to share", shelf, shelf / "other" / name, "shelf")
+        )
     seeds += _bases(folder / "base")
     seeds += _gguf_models(folder / "models")
     for name, text, role in (

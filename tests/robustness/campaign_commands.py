@@ -42,11 +42,16 @@ COMMANDS = {
     "replay": "replay in/made{n} -o out/x",
     "check": "check in/lora{n} --write-baseline out/x.json",
     "spectrum": "spectrum in/lora{n} --html out/x.html",
+    "fleet share": "fleet share in/lora in/lora{n} in/rslora -o out/x.safetensors --rank 2",
+    "fleet add": "fleet add in/shared1.safetensors in/lora{n} --name more -o out/x.safetensors",
+    "fleet unshare": "fleet unshare in/shared{n}.safetensors --all -o out/x",
     "push": "push in/made{n} me/made --create --fail-on never",
 }
 
 IN_PARTS = {"merge": 1, "run": 2}
 """Commands that write several outputs, each of them whole, and how deep those lie."""
+
+# `fleet index` is not among them: it leaves out what cannot be read, tells it, and ends with 1.
 
 NEVER_REPLACES = {"replay", "check"}
 """Commands without --overwrite."""
@@ -119,4 +124,6 @@ def make_inputs(folder: Path, chdir: Callable[[Path], None]) -> None:
         _model(given / f"model{n}", 20 + n)
         run(f"quantize in/model{n} -o in/four{n} -q")
         run(f"squeeze in/lora -o in/made{n} --rank {n} -q")
+        share = f"fleet share in/lora in/rslora -o in/shared{n}.safetensors --rank {n} -q"
+        run(share)
         (given / f"recipe{n}.yaml").write_text(RECIPE.format(n=n))

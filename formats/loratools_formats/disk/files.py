@@ -49,6 +49,12 @@ def system_troubles() -> Iterator[list[str]]:
         _WATCHED.troubles = outer
 
 
+def is_trouble(error: Exception) -> bool:
+    """Return whether an error says nothing of a file, since the system kept it from being read."""
+    cause = error.__cause__
+    return isinstance(cause, OSError) and cause.errno in _TROUBLES
+
+
 def _unread(what: str, path: str | os.PathLike[str], error: OSError) -> AdapterError:
     told = AdapterError(f"{what}: {error.strerror}", path=path)
     troubles = getattr(_WATCHED, "troubles", None)

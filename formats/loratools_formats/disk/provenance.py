@@ -18,7 +18,7 @@ from typing import Any
 
 from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import AdapterError, LoratoolsError
-from loratools_formats.disk.files import RegularFile, read_small_file
+from loratools_formats.disk.files import RegularFile, is_trouble, read_small_file
 from loratools_formats.disk.strict_json import parsed_object
 
 PROVENANCE_FILE = "provenance.json"
@@ -261,12 +261,18 @@ def _is_inside(name: str) -> bool:
 
 
 def read_statement(path: Path) -> dict[str, Any] | None:
-    """Return a statement of ours; None if none lies there, or one that is not sound."""
+    """Return a statement of ours; None if none lies there, or one that is not sound.
+
+    Raises:
+        AdapterError: the system failed to read it, so that nobody knows what lies there.
+    """
     if not os.path.lexists(path):
         return None
     try:
         return load_statement(path)
-    except LoratoolsError:
+    except LoratoolsError as error:
+        if is_trouble(error):
+            raise
         return None
 
 

@@ -15,15 +15,14 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
+from loratools_formats.disk.beside import Beside, check_beside
 from loratools_formats.disk.errors import LoratoolsError, OutputError, OutputExistsError
-from loratools_formats.disk.renames import exchange, rename_new, unlink
+from loratools_formats.disk.renames import appeared, exchange, has_become, take_new_name, unlink
 from loratools_formats.disk.temporaries import is_temporary, temporary_beside
 
 _OLD = ".old"
-_LARGEST_BESIDE = 64 << 20
 
 
 def resolved(path: str | os.PathLike[str]) -> Path:
@@ -81,7 +80,7 @@ def publish_with(
     temporary = temporary_beside(target)
     flushed_later = is_temporary(target.parent)
     contents = {name: bytearray() for name in beside}
-    placed: list[_Placed] = []
+    placed: list[Beside] = []
     with _os_errors_named(path):
         try:
             mode = _mode_of_new_file(temporary) if old_mode is None else old_mode
@@ -91,19 +90,22 @@ def publish_with(
                 sync_file(temporary)
             for name, content in contents.items():
                 if content:
-                    placed.append(_put_beside(Path(f"{os.fspath(path)}.{name}"), content))
+                    one = Beside.of(Path(f"{os.fspath(path)}.{name}"), bytes(content))
+                    placed.append(one)  # first, since a signal may come between any two steps
+                    one.put()
             if overwrite:
                 os.replace(temporary, target)
             else:
-                _rename_new(temporary, target, path)
-        except BaseException:
+                take_new_name(temporary, target, path)
             for one in placed:
-                one.take_back()
+                one.keep()
+        except BaseException:
+            published = bool(placed) and has_become(temporary, target)
+            for one in placed:
+                one.keep() if published else one.take_back()
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
-    for one in placed:
-        one.keep()
     if not flushed_later:
         _make_durable(path, target)
 
@@ -121,98 +123,6 @@ def check_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> None
     _check_target(path, target, overwrite, folder=False)
     with _os_errors_named(path):
         _mode_of_new_file(temporary_beside(target))
-
-
-def check_beside(
-    path: str | os.PathLike[str], beside: Mapping[str, bytes], *, overwrite: bool = False
-) -> None:
-    """Refuse, before any work is done, files beside an output that may not be replaced.
-
-    Raises:
-        OutputExistsError: one exists, and is not ours or belongs to an output that stays.
-        OutputError: one cannot be written.
-    """
-    for name, mark in beside.items():
-        place = Path(f"{os.fspath(path)}.{name}")
-        try:
-            status = os.lstat(place)
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError) as error:
-            raise OutputError(
-                f"a file beside the output cannot be written: {getattr(error, 'strerror', error)}",
-                path=place,
-            ) from error
-        ours = stat.S_ISREG(status.st_mode) and _holds(place, status.st_size, mark)
-        if not ours or (os.path.lexists(path) and not overwrite):
-            raise OutputExistsError(
-                f"a file that belongs beside the output exists{'' if ours else ' and is not ours'}",
-                path=place,
-                hint="Move it away or choose another output",
-            )
-
-
-def _holds(path: Path, nbytes: int, mark: bytes) -> bool:
-    try:
-        return nbytes <= _LARGEST_BESIDE and mark in path.read_bytes()
-    except OSError:
-        return False
-
-
-@dataclass(frozen=True)
-class _Placed:
-    """A file that was put beside an output, and what it replaced."""
-
-    place: Path
-    aside: Path | None
-
-    def keep(self) -> None:
-        if self.aside is not None:
-            with contextlib.suppress(OSError):
-                self.aside.unlink()
-
-    def take_back(self) -> None:
-        with contextlib.suppress(OSError):
-            if self.aside is None:
-                self.place.unlink()
-            else:
-                os.replace(self.aside, self.place)
-
-
-def _put_beside(place: Path, content: bytes | bytearray) -> _Placed:
-    temporary = temporary_beside(place)
-    aside: Path | None = None
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if os.path.lexists(place):
-            aside = temporary_beside(place)
-            os.rename(place, aside)
-        _rename_new(temporary, place, place)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if aside is not None:
-            _Placed(place, aside).take_back()
-        raise
-    return _Placed(place, aside)
-
-
-def _rename_new(temporary: Path, target: Path, path: str | os.PathLike[str]) -> None:
-    try:
-        rename_new(temporary, target)
-    except FileExistsError as error:
-        raise _appeared(path) from error
-
-
-def _appeared(path: str | os.PathLike[str]) -> OutputExistsError:
-    return OutputExistsError(
-        "output appeared while it was being made",
-        path=path,
-        hint="Pass `overwrite=True` to replace it",
-    )
 
 
 @contextlib.contextmanager
@@ -245,7 +155,7 @@ def publish_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> 
             elif old_mode is not None:
                 _fill_vacant(temporary, target, path)
             else:
-                _rename_new(temporary, target, path)
+                take_new_name(temporary, target, path)
         except BaseException:
             _remove(temporary)
             raise
@@ -273,7 +183,7 @@ def _fill_vacant(temporary: Path, target: Path, path: str | os.PathLike[str]) ->
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        raise _appeared(path) from error
+        raise appeared(path) from error
 
 
 def _make_durable(path: str | os.PathLike[str], target: Path) -> None:
@@ -313,13 +223,16 @@ def _swap_folder(temporary: Path, target: Path) -> None:
         _remove(temporary)
         return
     aside = target.parent / f"{temporary.name}{_OLD}"
-    os.rename(target, aside)
     try:
+        os.rename(target, aside)
         os.rename(temporary, target)
-    except OSError:
-        os.rename(aside, target)
+        _remove(aside)
+    except BaseException:
+        if not os.path.lexists(target):
+            os.rename(aside, target)
+        elif not os.path.lexists(temporary):
+            _remove(aside)
         raise
-    _remove(aside)
 
 
 def _remove(folder: Path) -> None:

@@ -10,6 +10,8 @@ import os
 import sys
 from pathlib import Path
 
+from loratools_formats.disk.errors import OutputExistsError
+
 _AT_FDCWD = -100
 _NOREPLACE, _EXCHANGE = 1, 2  # of Linux' renameat2
 _EXCLUSIVE = 4  # of Apple's renamex_np
@@ -46,6 +48,41 @@ def rename_new(temporary: Path, target: Path) -> None:
     if os.path.lexists(target):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
     os.rename(temporary, target)
+
+
+def take_new_name(temporary: Path, target: Path, path: str | os.PathLike[str]) -> None:
+    """Rename a file or folder to a name that nothing has.
+
+    Args:
+        temporary: what is renamed.
+        target: the name.
+        path: what the user calls it.
+
+    Raises:
+        OutputExistsError: something has the name.
+        OSError: the system refused.
+    """
+    try:
+        rename_new(temporary, target)
+    except FileExistsError as error:
+        raise appeared(path) from error
+
+
+def has_become(temporary: Path, target: Path) -> bool:
+    """Return whether a temporary that was written has its new name, which may be its second."""
+    try:
+        return os.path.samestat(os.lstat(temporary), os.lstat(target))
+    except FileNotFoundError:
+        return not os.path.lexists(temporary)
+
+
+def appeared(path: str | os.PathLike[str]) -> OutputExistsError:
+    """Return the error of an output that was not there when the work began."""
+    return OutputExistsError(
+        "output appeared while it was being made",
+        path=path,
+        hint="Pass `overwrite=True` to replace it",
+    )
 
 
 def unlink(path: Path) -> None:

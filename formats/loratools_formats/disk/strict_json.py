@@ -20,6 +20,8 @@ MAX_INTEGER_DIGITS = 20
 MOST_VALUES = 1_000_000
 _MARKS = (b"{", b"[", b",")
 _LONG_INTEGER = re.compile(rf"[0-9]{{{MAX_INTEGER_DIGITS}}}")
+_AS_ZEROS, _ZEROS = bytes.maketrans(b"123456789", b"0" * 9), b"0" * MAX_INTEGER_DIGITS
+_NEGATIVE_ZERO = re.compile(r"(?<![^\s:,\[])-0(?![.0-9eE])")  # but not that of "v1-0"
 
 
 class StrictJsonError(ValueError):
@@ -87,7 +89,9 @@ def loads(
     if text.startswith("\ufeff"):
         raise StrictJsonError("starts with a byte order mark")
     # Python's own way to read integers is much faster than a function that counts their digits.
-    integer = _integer if _LONG_INTEGER.search(text) or "-0" in text else None
+    # Looking for twenty zeros takes a tenth of the time of a pattern.
+    is_odd = _ZEROS in data.translate(_AS_ZEROS) or _NEGATIVE_ZERO.search(text)
+    integer = _integer if is_odd else None
     try:
         value = json.loads(
             text,

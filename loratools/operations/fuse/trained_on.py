@@ -17,6 +17,7 @@ from loratools_formats.checkpoints.quantization import quantization_of
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import AdapterError, OptionError, printable
+from loratools_formats.disk.files import is_trouble
 from loratools_formats.disk.strict_json import read_object
 
 _SPELLINGS = {
@@ -100,7 +101,9 @@ def _card(adapter: Adapter) -> str:
 def _stated(base: Path) -> dict[str, object]:
     try:
         config = read_object(base / CONFIG_FILE, _MOST_BYTES, max_depth=None)
-    except AdapterError:
+    except AdapterError as error:
+        if is_trouble(error):
+            raise
         return {}
     found = quantization_of(config)
     return dict(found) if isinstance(found, dict) else {}

@@ -67,7 +67,7 @@ _RULES = (
     ),
     _Rule(
         BFL_CONTROL,
-        "unprefixed FLUX paths",
+        "unprefixed FLUX paths, with scales of norms",
         lambda k: k.path.startswith(_BFL_PATHS) or k.role == "norm_scale",
     ),
     _Rule("unprefixed", "a dotted path without component", lambda k: not k.flat),
@@ -77,9 +77,15 @@ _RULES = (
 def dialects(keys: Mapping[str, Key]) -> tuple[Dialect, ...]:
     """Return the dialects met among a file's keys, most frequent first."""
     found: dict[str, list[str]] = {}
+    is_control = any(key.role == "norm_scale" for key in keys.values())
+    rules = [rule for rule in _RULES if is_control or rule.name != BFL_CONTROL]
+    known: dict[tuple[object, ...], _Rule] = {}
     for name, key in keys.items():
-        rule = next(rule for rule in _RULES if rule.holds(key))
-        found.setdefault(rule.name, []).append(name)
+        of_path = is_control and key.path  # which nothing else depends on
+        traits = key.role, key.style, key.prefix, key.naming, key.flat, of_path
+        if traits not in known:
+            known[traits] = next(rule for rule in rules if rule.holds(key))
+        found.setdefault(known[traits].name, []).append(name)
     reasons = {rule.name: rule.why for rule in _RULES}
     ordered = sorted(found.items(), key=lambda entry: (-len(entry[1]), entry[0]))
     return tuple(Dialect(name, reasons[name], keys[0], len(keys)) for name, keys in ordered)
