@@ -80,8 +80,8 @@ def _abandon_stdout() -> int:
 def _told(error: BaseException, arrived: list[int]) -> tuple[str, int]:
     """Return the line for an error, and the exit code.
 
-    After a signal, that is what ended the run: an exception that is raised anywhere may be
-    replaced on its way by one that it caused, such as that of a lock which it found half released.
+    If a signal arrived, it ended the run, whatever exception is seen here. The exception that a
+    signal raises may be replaced by another that it caused, such as that of a half released lock.
     """
     if arrived or isinstance(error, KeyboardInterrupt | click.Abort):
         number = arrived[0] if arrived else signal.SIGINT
