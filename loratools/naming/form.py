@@ -133,6 +133,7 @@ def check_form(values: Mapping[str, Any], paths: Collection[str], path: str | No
             required=True,
         ),
         "also": _Value("a list of texts", _is_texts),
+        "outer": _TEXT,
     }
     for role, entry in values.get("text_encoders", {}).items():
         if not isinstance(entry, dict):

@@ -141,7 +141,11 @@ def _text_path(key: Key, encoder: TextEncoder) -> str | None:
     transformers 5 dropped the outer module of CLIP's paths, which other loaders expect.
     """
     for pattern in encoder.paths:
-        for spelled in (pattern, pattern.removeprefix(_OUTER)):
+        for spelled in (
+            pattern,
+            pattern.removeprefix(_OUTER),
+            pattern.removeprefix(encoder.outer),
+        ):
             text = re.escape(flattened(spelled) if key.flat else spelled)
             found = re.fullmatch(text.replace(re.escape("{}"), r"(\d{1,4})"), key.path)
             if found is not None:
@@ -191,13 +195,16 @@ def dotted_name(path: str, component: str, scheme: Scheme) -> str:
 
 def text_name(text: TextPlace, target: Target) -> str:
     """Return what a text encoder's module is called in the target."""
+    inner = text.path.removeprefix(text.encoder.outer)
     if isinstance(target, FileSpelling):
         prefix = dict(target.text_prefixes).get(text.role)
+        if prefix is not None and prefix.startswith("text_encoders."):
+            return prefix + text.path
         if prefix is not None:
-            return prefix + (text.path if prefix.endswith(".") else flattened(text.path))
+            return prefix + (inner if prefix.endswith(".") else flattened(inner))
         target = target.naming if target.naming != "safetensors" else "diffusers"
     if target == "kohya":
-        return text.encoder.kohya + flattened(text.path)
+        return text.encoder.kohya + flattened(inner)
     if target == "comfyui":
         return f"text_encoders.{text.encoder.comfyui}.transformer.{text.path}"
-    return f"{text.role}.{text.path}"
+    return f"{text.role}.{inner}"

@@ -108,12 +108,14 @@ class TextEncoder:
         comfyui: its name after `text_encoders.`.
         paths: its modules, as transformers names them.
         also: other prefixes of its flattened names, which are read.
+        outer: what paths begin with in ComfyUI's files only, since others name modules within it.
     """
 
     kohya: str
     comfyui: str
     paths: tuple[str, ...]
     also: tuple[str, ...] = ()
+    outer: str = ""
 
 
 class Table:
@@ -148,6 +150,7 @@ class Table:
                 entry["comfyui"],
                 _paths()[entry["paths"]],
                 tuple(entry.get("also", ())),
+                entry.get("outer", ""),
             )
             for role, entry in values.get("text_encoders", {}).items()
         }

@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from conftest import (
+from fleet_runs import (
     contents,
     environment,
     fleet,

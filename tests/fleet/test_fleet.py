@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import contents, start, write_adapters, write_slow
+from fleet_runs import contents, start, write_adapters, write_slow
 
 import loratools as lt
 from loratools.pipeline.fleet.store import store_of

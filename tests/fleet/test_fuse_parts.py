@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import contents, run, start
+from fleet_runs import contents, run, start
 
 import loratools as lt
 from loratools.face.fuse_parts import FusePart

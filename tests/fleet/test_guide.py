@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import contents, environment
+from fleet_runs import contents, environment
 
 ROOT = Path(__file__).parents[2]
 FILES = ROOT / "examples" / "fleet"

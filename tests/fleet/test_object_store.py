@@ -6,7 +6,7 @@ import threading
 import urllib.request
 
 import pytest
-from conftest import contents, fleet, start, write_adapters
+from fleet_runs import contents, fleet, start, write_adapters
 
 import loratools as lt
 from loratools.pipeline.fleet.store import Remote, store_of

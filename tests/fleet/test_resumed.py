@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import environment, wait_until, write_adapters, write_slow
+from fleet_runs import environment, wait_until, write_adapters, write_slow
 
 import loratools as lt
 from loratools.pipeline.fleet.store import store_of

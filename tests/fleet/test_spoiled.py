@@ -6,7 +6,7 @@ import random
 import shutil
 
 import pytest
-from conftest import write_adapters
+from fleet_runs import write_adapters
 
 import loratools as lt
 from loratools_formats.disk.errors import AdapterError, LoratoolsError

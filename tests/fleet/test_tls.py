@@ -3,7 +3,7 @@
 import datetime as dt
 
 import pytest
-from conftest import Cluster, contents, fleet, run
+from fleet_runs import Cluster, contents, fleet, run
 
 x509 = pytest.importorskip("cryptography.x509")
 pytest.importorskip("distributed")

@@ -546,6 +546,36 @@ def test_hqq_with_quantised_scales_is_refused():
         coded_weights(stored(tensors))
 
 
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_rows_of_bitsandbytes_in_eight_bits(dtype):
+    """The values are those of bitsandbytes' own function, bit for bit."""
+    import torch
+    from bitsandbytes.functional import int8_vectorwise_dequant
+
+    codes = RNG.integers(-127, 128, (24, 40)).astype(np.int8)
+    scales = RNG.uniform(0.001, 9, 24).astype(np.float32)
+    tensors = {"x.weight": codes, "x.SCB": scales, "x.weight_format": np.uint8(0).reshape(())}
+    named = {"BF16": "bfloat16", "F16": "float16"}[dtype]
+    (weight,) = coded_weights(stored(tensors, dtype=named)).values()
+    want = int8_vectorwise_dequant(torch.from_numpy(codes), torch.from_numpy(scales)).numpy()
+    check(weight, want, dtype)
+    assert weight.encoder() is None
+    assert (weight.scheme.bits, weight.scheme.group) == (8, None)
+    assert {part.key for part in weight.parts} == set(tensors)
+
+
+def test_rows_of_bitsandbytes_in_an_order_of_the_gpu_are_refused():
+    tensors = {"x.weight": np.zeros((8, 32), np.int8), "x.SCB": np.ones(8, np.float32)}
+    assert set(coded_weights(stored(tensors))) == {"x.weight"}
+    tensors["x.weight_format"] = np.uint8(3).reshape(())
+    with pytest.raises(UnsupportedError, match=r"order of the GPU.*x.weight_format"):
+        coded_weights(stored(tensors))
+    tensors["x.weight_format"] = np.uint8(0).reshape(())
+    tensors["x.SCB"] = np.ones(7, np.float32)
+    with pytest.raises(AdapterError, match=r"wrong shape.*x.SCB"):
+        coded_weights(stored(tensors))
+
+
 def torchao_said(kind, **data):
     said = {"_type": kind, "_data": {"dtype": {"_data": "float16"}, **data}}
     return {"x.weight": json.dumps(said)}

@@ -126,8 +126,8 @@ OTHERS = {
         f"{KEY}.weight_scale": np.ones((8, 1), np.float32),
         f"{KEY}.pre_quant_scale": np.ones(64, F16),
     },
-    "LLM.int8 of bitsandbytes": {
-        f"{KEY}.weight": np.zeros((8, 64), np.int8), f"{KEY}.SCB": np.ones(8, np.float32),
+    "LLM.int8 of bitsandbytes": {  # codes of another type
+        f"{KEY}.weight": np.zeros((8, 64), np.uint8), f"{KEY}.SCB": np.ones(8, np.float32),
     },
 }  # fmt: skip
 

@@ -197,3 +197,20 @@ def test_differences_that_fit_nothing_are_refused_when_read(tmp_path, leaf, valu
     path = saved(tmp_path / "x.safetensors", pair() | {f"{_Q}.{leaf}": values})
     with pytest.raises(AdapterError, match=message):
         lt.read(path)
+
+
+def test_parameters_have_no_name_in_kohyas_files(tmp_path):
+    """ComfyUI maps flattened names to weights of layers only; LightX2V has both for Wan."""
+    source, out = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    start = "diffusion_model.blocks.0"
+    tensors = {
+        f"{start}.self_attn.q.diff": np.ones((8, 8), np.float32),
+        f"{start}.norm3.diff": np.ones(8, np.float32),
+        f"{start}.modulation.diff": np.ones((1, 6, 8), np.float32),
+    }
+    save_file(tensors, source)
+    with pytest.raises(LossyError, match="blocks_0_modulation"):
+        lt.convert(source, to="kohya", output=out)
+    lt.convert(source, to="kohya", output=out, allow_lossy=True)
+    kept = ("lora_unet_blocks_0_self_attn_q.diff", "lora_unet_blocks_0_norm3.w_norm")
+    assert set(load_file(out)) == set(kept)

@@ -199,6 +199,26 @@ def test_trainers_comfyuis_and_diffusers_names(tmp_path, name, trained, comfyui,
     np.testing.assert_array_equal(deltas(back)[own], wanted)
 
 
+@pytest.mark.parametrize(("name", "encoder"), [("cosmos2", "qwen3_06b"), ("lumina2", "gemma2_2b")])
+def test_text_encoders_whose_trainers_name_the_inner_model(tmp_path, name, encoder):
+    """By sd-scripts' converter of Anima: ComfyUI alone has `model.` before the paths."""
+    path = "layers.3.self_attn.q_proj"
+    file = DialectFile("kohya", {"kohya"}, seed=4)
+    own = f"lora_te_{flattened(path)}"
+    file.pair(own, 16, 8, 2, KOHYA, alpha=2.0)
+    source = save(file, tmp_path / "kohya.safetensors")
+    wanted = {
+        "comfyui": f"text_encoders.{encoder}.transformer.model.{path}",
+        "diffusers": f"text_encoder.{path}",
+    }
+    for to, expected in wanted.items():
+        out, back = tmp_path / f"{to}.safetensors", tmp_path / f"{to}-back.safetensors"
+        run("convert", source, out, "--to", to, "--names", name)
+        assert list(deltas(out)) == [expected]
+        run("convert", out, back, "--to", "kohya", "--names", name)
+        np.testing.assert_array_equal(deltas(back)[own], deltas(source)[own])
+
+
 def test_the_second_expert_of_wan_goes_there_and_back(model_modules, tmp_path):
     """Its modules are the first one's; files of other namings hold one expert, named alike."""
     file = DialectFile("diffusers", {"diffusers"})

@@ -19,6 +19,7 @@ from loratools.base.codecs import (
     eight_bit,
     gptq,
     hqq,
+    int8_rows,
     mlx,
     mxfp4,
     nvfp4,
@@ -51,6 +52,7 @@ __all__ = [
 
 CODECS: tuple[Codec, ...] = (
     bitsandbytes.CODEC,
+    int8_rows.CODEC,
     comfyui.CODEC,
     hqq.CODEC,
     torchao.CODEC,

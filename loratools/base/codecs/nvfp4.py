@@ -34,7 +34,6 @@ from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 _GROUPS = (16, 32)
 _SCALE = "F8_E4M3"
-_DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
 class _Nvfp4(CodedWeight):
@@ -108,7 +107,7 @@ def _declare(stored: Stored) -> dict[str, CodedWeight]:
                 )
             scales = _scales(stored, module, codes)
             _check_number(of_all, codes)
-            dtype = "BF16" if divides else _stated_dtype(stored)
+            dtype = "BF16" if divides else stored.dtype
             found[key] = _Nvfp4(key, codes, scales, of_all, dtype, divides=divides)
     return found
 
@@ -143,12 +142,6 @@ def _check_number(of_all: TensorRef, codes: TensorRef) -> None:
         raise AdapterError(
             "a scale of a quantised weight is zero, NaN or infinite", tensor=of_all.key
         )
-
-
-def _stated_dtype(stored: Stored) -> str:
-    """Return the type that a model computes in, BF16 unless its configuration says F16."""
-    stated = next((stored.config[k] for k in _DTYPE_KEYS if k in stored.config), None)
-    return "F16" if stated == "float16" else "BF16"
 
 
 CODEC = Codec("NVFP4", ("compressed-tensors", "modelopt"), _declare)

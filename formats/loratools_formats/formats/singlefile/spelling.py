@@ -6,6 +6,7 @@ them so may need a list of names or a table, which is the business of `loratools
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
@@ -56,6 +57,10 @@ _OTHER_LEAVES: dict[str, dict[str, str]] = {
     "lycoris_ia3": {"gain": "weight", "on_input": "on_input"},
 }  # fmt: skip
 _PROBE = ".lora_A.weight"
+_PARAMETER = re.compile(
+    r".+_(?:(?:\d+|head)_modulation|scale_shift_table|(?:x|cap)_pad_token|emb_pos)"
+)
+"""Flattened names of parameters that are no layer's weight: Wan's, LTX's and Z-Image's."""
 _ON_BASE = frozenset({"diag_oft", "butterfly_oft", "lycoris_glora", "lycoris_ia3"})
 """Kinds whose change depends on the base's weights."""
 
@@ -151,6 +156,12 @@ def spelling_losses(adapter: Adapter, target: Naming) -> list[Loss]:
         found += [
             Loss(key, "is added to what the base has, which diffusers does not do")
             for key in adapter.additions
+        ]
+    if target == "kohya":
+        found += [
+            Loss(name, "is a parameter beside layers, which loaders find by its dotted name only")
+            for name, delta in adapter.modules.items()
+            if delta.kind == "full" and _PARAMETER.fullmatch(name)
         ]
     found += [
         Loss(key, f"replaces what the base has, for which {target} files have no key")
