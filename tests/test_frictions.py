@@ -191,7 +191,7 @@ def test_bytes_have_a_rate_of_bytes_and_nothing_is_divided_by_zero(capsys):
         ("quantize base -o b --bits 4", "Did you mean '--quant-type'"),
         (
             "fleet squeeze shelf -o b --rank 4",
-            "loratools fleet squeeze ADAPTERS -o RESULTS -- --rank 4",
+            "loratools fleet squeeze shelf -o b -- --rank 4",
         ),
         ("merge a=0.5 shelf/one -o b", "A weight follows a colon: a:0.5"),
         ("squeeze a -o b --energy 90", "Did you mean 90%?"),

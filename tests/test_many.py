@@ -85,7 +85,7 @@ def test_conversion_names_files_as_their_format_does(shelf):
 def test_three_paths_without_a_folder_are_refused(shelf):
     done = loratools("squeeze", "one", "two", "three", "--rank", "4", cwd=shelf)
     assert done.returncode == 2
-    assert "--out-dir DIR" in done.stderr
+    assert "write --out-dir three in its place" in done.stderr
 
 
 def test_info_of_a_folder_is_a_table(shelf):

@@ -1,8 +1,8 @@
 """Reports of many modules: a line for each type of module, and the worst modules in full.
 
-A model of 32 layers has 224 modules, whose table no screen holds. A report of a few modules, or
-one that is asked for with `--verbose`, lists each. The numbers are those of the result; nothing is
-computed here but their least, median and largest.
+A model of 32 layers has 224 modules, and their table does not fit on a screen. A report of a few
+modules lists each, and so does every report under `--verbose`. The numbers are those of the result;
+only their least, median and largest are computed here.
 """
 
 from __future__ import annotations

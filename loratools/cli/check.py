@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -73,7 +74,18 @@ def command(
     loratools check my-adapter --target llamacpp --base model --fix -o fixed.gguf
     """  # noqa: D301 - click reads the backspace
     if not adapters:
-        raise OptionError("no adapter given", expected="ADAPTER...")
+        raise OptionError(
+            "no adapter given",
+            expected="ADAPTER...",
+            hint="All below this folder: loratools check ./",
+        )
+    if writing.output is not None and not fixing.fix and presenting.output_format != "text":
+        to = f"--output-format {presenting.output_format} > {shlex.quote(str(writing.output))}"
+        given = " ".join(shlex.quote(str(path)) for path in adapters)
+        raise OptionError(
+            "findings go to stdout; `output` is where a fixed adapter is written",
+            hint=f"Redirect them: loratools check {given} {to}",
+        )
     settings = _settings(adapters, presenting)
     base = reading.base or settings.file("base")
     with progress_bar("check", quiet=reporting.quiet, unit="adapter") as progress:

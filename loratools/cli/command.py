@@ -11,7 +11,7 @@ import click
 
 from loratools.cli.failure import remember
 from loratools.cli.options import DeclaredOption
-from loratools.cli.other_names import other_option
+from loratools.cli.other_names import MISSING, other_option
 from loratools.cli.references import weighted_path
 from loratools.cli.wording import FLAGS, read_on, worded
 from loratools.hub.client import SHOW_PROGRESS
@@ -58,7 +58,7 @@ class Command(click.Command):
             self.params.append(DeclaredOption(_REVISION, ["revision", flag], help=help_text))
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the arguments; for an unknown option, suggest the one that fits best."""
+        """Parse the arguments; tell the name of an unknown option, and how to get a missing one."""
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
@@ -67,6 +67,12 @@ class Command(click.Command):
             if told is None:
                 raise
             raise click.UsageError(f"No such option '{error.option_name}'. {told}", ctx) from error
+        except click.MissingParameter as error:
+            name = None if error.param is None else error.param.name
+            if name not in MISSING:
+                raise
+            text = f"{error.format_message().rstrip('.')}. {MISSING[name]}"
+            raise click.UsageError(text, ctx) from error
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command, with the revision put to its reference."""

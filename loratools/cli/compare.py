@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -16,10 +18,12 @@ from loratools.cli.progress import progress_bar
 from loratools.face.compare import BasesResult, CompareResult, compare, compare_bases
 from loratools.operations.compare.operation import CompareOptions
 from loratools.operations.compare.result import PairModule
+from loratools.work.collection import adapters_in
 from loratools.work.json_object import as_json
 from loratools.work.parallel import Workers
 from loratools.work.requests import Reading, Reporting
 from loratools.work.selection import Selection
+from loratools_formats.contract.path_kinds import is_model
 from loratools_formats.disk.errors import OptionError, printable
 
 _SHOWN = 5
@@ -64,19 +68,22 @@ def command(
 ) -> None:
     """Compare adapters: angles, shared spaces, signs, families; or two bases.
 
-    Two adapters are compared module by module, and more adapters in a matrix. With --bases, two
-    base models are compared where one adapter acts.
+    Two adapters are compared module by module, and more adapters in a matrix. A folder that is no
+    adapter stands for all adapters below it. With --bases, two base models are compared where one
+    adapter acts.
 
     \b
     loratools compare one other
     loratools compare shelf/*
     loratools compare my-adapter --bases old-model new-model
     """  # noqa: D301 - click reads the backspace
-    pages.check(reporting, [*adapters, reading.base, *(bases or ())])
+    named = adapters if bases is not None else tuple(adapters_in(adapters))
+    pages.check(reporting, [*named, reading.base, *(bases or ())])
     if bases is None:
+        _check_several(named)
         with progress_bar("compare", quiet=reporting.quiet) as progress:
             result = compare(
-                adapters,
+                named,
                 base=reading.base,
                 options=options,
                 selection=selection,
@@ -95,6 +102,26 @@ def command(
         pages.write(found)
         report(found, _bases_csv if pages.csv else _print_bases, reporting)
     pages.say(reporting)
+
+
+def _check_several(adapters: Sequence[Path]) -> None:
+    """Refuse one adapter, or two models, with what to run instead.
+
+    Raises:
+        OptionError: it is one, or all are models.
+    """
+    quoted = [shlex.quote(str(path)) for path in adapters]
+    if len(adapters) == 1 and not is_model(adapters[0]):
+        raise OptionError(
+            "a comparison needs at least two adapters",
+            got=len(adapters),
+            hint=f"Name another, or measure this one: loratools spectrum {quoted[0]}",
+        )
+    if len(adapters) == 2 and all(map(is_model, adapters)):
+        raise OptionError(
+            "both are models, and two models are compared where an adapter acts",
+            hint=f"Name one: loratools compare ADAPTER --bases {quoted[0]} {quoted[1]}",
+        )
 
 
 def _csv(result: CompareResult) -> None:

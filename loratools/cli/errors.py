@@ -15,7 +15,7 @@ import click
 
 from loratools.cli.exits import EXIT_ERROR, EXIT_UNCHECKED
 from loratools.cli.failure import failure, is_json, is_reported
-from loratools.cli.output import print_json, say
+from loratools.cli.output import print_json, say, takes_more
 from loratools.cli.signals import code_of, stop_on_signals
 
 _PROGRAM = "loratools"
@@ -27,7 +27,7 @@ def run(cli: click.Command) -> None:
     """Run a command group and exit the process, with a code of `exits.MEANINGS`.
 
     Nothing but `--traceback` shows a Python traceback. Under `--json`, stdout gets an object for an
-    error as well.
+    error as well, unless a signal comes while a reader keeps the command waiting.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):
@@ -44,17 +44,25 @@ def run(cli: click.Command) -> None:
         code = _abandon_stdout()
     except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001 - users get one line, whatever
         text, code = _told(error, arrived)
-        is_stopped = text in _STOPPED
         try:
-            with contextlib.suppress(OSError):  # the terminal may be gone
-                say(text if is_stopped else f"error: {text}", err=True)
-            if is_json(sys.argv[1:]) and not is_reported(error):
-                print_json(failure(error, text, code, time.perf_counter() - began))
-            _flush()
-        except BrokenPipeError:
+            _report(error, text, code, time.perf_counter() - began)
+        except (OSError, KeyboardInterrupt):  # nobody reads, the disk is full, or Ctrl-C again
             _abandon_stdout()
     gc.freeze()  # or Python would look through everything for cycles on its way out
     sys.exit(code)
+
+
+def _report(error: BaseException, text: str, code: int, seconds: float) -> None:
+    """Tell an error on stderr, and under `--json` on stdout, where a reader does not block it."""
+    is_stopped = text in _STOPPED
+    is_blocked = is_stopped and not takes_more()
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        say(text if is_stopped else f"error: {text}", err=True)
+    if is_blocked:
+        _abandon_stdout()
+    elif is_json(sys.argv[1:]) and not is_reported(error):
+        print_json(failure(error, text, code, seconds))
+    _flush()
 
 
 def _flush() -> None:
@@ -63,16 +71,17 @@ def _flush() -> None:
 
 
 def _abandon_stdout() -> int:
-    """Keep Python from complaining, while it exits, that the reader of stdout has gone."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Keep Python from waiting, or complaining, for a reader of stdout while it exits."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
 def _told(error: BaseException, arrived: list[int]) -> tuple[str, int]:
     """Return the line for an error, and the exit code.
 
-    After a signal, that is what ended the run: an exception that is raised anywhere may be
-    replaced on its way by one that it caused, such as that of a lock which it found half released.
+    If a signal arrived, it ended the run, whatever exception is seen here. The exception that a
+    signal raises may be replaced by another that it caused, such as that of a half released lock.
     """
     if arrived or isinstance(error, KeyboardInterrupt | click.Abort):
         number = arrived[0] if arrived else signal.SIGINT
@@ -104,6 +113,9 @@ def _noted(
 def _call(cli: click.Command) -> int:
     """Run the group as its `main` would, which exits with 1 when the reader of stdout has gone."""
     if _COMPLETION in os.environ:
+        from loratools.cli.shells import register
+
+        register()
         cli.main(prog_name=_PROGRAM, complete_var=_COMPLETION)
     try:
         with cli.make_context(_PROGRAM, sys.argv[1:]) as context:

@@ -1,8 +1,8 @@
 """Errors as JSON objects: under `--json` stdout holds one object, whatever happened.
 
-The object has what every result has (version, inputs, output, options, ...), and `error`. What a
-function of the library was asked for is known from the error; of an error before that, the
-command line tells.
+The object has what every result has (version, inputs, output, options, ...), and `error`. If a
+function of the library raised the error, the error knows what was asked for. For an earlier error,
+inputs and options are taken from the command line.
 """
 
 from __future__ import annotations

@@ -53,7 +53,11 @@ def command(adapters: tuple[Path, ...], reading: Reading, reporting: Reporting) 
     loratools info my-quantised-model
     """  # noqa: D301 - click reads the backspace
     if not adapters:
-        raise OptionError("no adapter given", expected="ADAPTER...")
+        raise OptionError(
+            "no adapter given",
+            expected="ADAPTER...",
+            hint="All below this folder: loratools info ./",
+        )
     alone = adapters[0] if len(adapters) == 1 and reading.from_ is None else None
     if alone is not None and (
         _is_gguf_model(alone) or (is_base(alone) and not is_recognised(alone))
@@ -206,7 +210,7 @@ def _print(found: AdapterInfo) -> None:
 
 
 def _made_by(provenance: Mapping[str, str], path: str) -> list[tuple[str, str]]:
-    """Return a line of what made it, and the rest as it stands if that says nothing."""
+    """Return one line about the operation; all entries as they stand if none names it."""
     rest = {key.removeprefix("loratools."): value for key, value in provenance.items()}
     operation, version = rest.pop("operation", None), rest.pop("version", None)
     if operation is None:
@@ -237,7 +241,7 @@ def _pairs(options: Mapping[str, object], prefix: str = "") -> Iterator[str]:
 def _targets(found: AdapterInfo) -> set[str]:
     """Return the last parts of the modules' paths; a flattened path of a single file has none.
 
-    A number says nothing without what it numbers: `to_out.0`.
+    A last part that is a number stands with the part before it: `to_out.0`.
     """
     names = [module.name for module in found.modules]
     return {_target(name) for name in names if "." in name or not found.dialects}

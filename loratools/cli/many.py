@@ -84,13 +84,19 @@ def one_or_many(*names: str) -> shared.Decorator:
                     hint="Add `out_dir=DIR`",
                 )
             if not adapters:
-                raise OptionError("no adapter given", expected="ADAPTER [OUTPUT]")
+                raise OptionError(
+                    "no adapter given",
+                    expected="ADAPTER [OUTPUT]",
+                    hint="To see those below this folder: loratools info ./",
+                )
             adapter, *places = adapters
             if len(places) > 1:
+                hint = "Add `out_dir=DIR` to take each of them as an adapter"
+                if not os.path.lexists(places[-1]):
+                    last = shlex.quote(str(places[-1]))
+                    hint = f"If {last} is where results go, write `out_dir={last}` in its place"
                 raise OptionError(
-                    f"{len(adapters)} paths are given",
-                    expected="ADAPTER [OUTPUT]",
-                    hint="Add `out_dir=DIR` to take each of them as an adapter",
+                    f"{len(adapters)} paths are given", expected="ADAPTER [OUTPUT]", hint=hint
                 )
             found = shared.placed(writing, adapter, places)
             try:
@@ -112,8 +118,11 @@ def _of_several(path: Path, writing: Writing, error: UnknownFormatError) -> Unkn
     """Return the error of a folder that was given as an adapter, where it holds several."""
     from loratools_formats.contract.path_kinds import kind_of
 
-    inner = adapters_in([path]) if path.is_dir() and kind_of(path) is None else []
-    if inner in ([], [path]):
+    kind = kind_of(path)
+    may_be_shelf = kind is None or kind.what.startswith("is a folder that holds")
+    inner = adapters_in([path]) if path.is_dir() and may_be_shelf else []
+    is_told = kind is not None and all(one.parent == path for one in inner)
+    if inner in ([], [path]) or is_told:
         return error
     first = shlex.quote(str(inner[0]))
     place = "DIR" if writing.output is None else shlex.quote(str(writing.output))

@@ -106,7 +106,7 @@ def command(
 
 
 def _refuse_what_recipes_say(context: click.Context) -> None:
-    """Refuse options that a recipe has; where and with how many threads to compute it has not.
+    """Refuse options that a recipe states; it states neither threads nor device.
 
     Raises:
         OptionError: one was given.

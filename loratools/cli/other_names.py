@@ -40,11 +40,15 @@ _OPTIONS = {
     "--base-model": "--base",
     "--bits": "--quant-type",
     "--clobber": "--overwrite",
+    "--compression": "--budget",
     "--dim": "--rank",
     "--energy-threshold": "--energy",
+    "--for": "--target",
     "--force": "--overwrite",
+    "--format": "--output-format",
     "--jobs": "--workers",
     "--lora-rank": "--rank",
+    "--max-size": "--budget",
     "--model": "--base",
     "--network-dim": "--rank",
     "--new-rank": "--rank",
@@ -59,7 +63,10 @@ _OPTIONS = {
     "--replace": "--overwrite",
     "--save-precision": "--dtype",
     "--save-to": "--output",
+    "--size": "--budget",
+    "--strict": "--fail-on",
     "--target-rank": "--rank",
+    "--target-size": "--budget",
     "--threads": "--workers",
     "--torch-dtype": "--dtype",
     "--type": "--quant-type",
@@ -70,6 +77,9 @@ _OPTIONS = {
     "-w": "--workers",
     "-y": "--overwrite",
 }
+MISSING = {"index": "Make one: loratools fleet index ADAPTERS -o INDEX"}
+"""Where what an option needs comes from, by its name."""
+
 _WEIGHTS = ("--weight", "--weights", "--scale", "--scales", "--alpha", "-w")
 _TAKE_WEIGHTS = ("merge", "fuse", "verify")
 _TO = ("--to", "--target-format", "--output-format", "--format")
@@ -86,7 +96,7 @@ def other_option(flag: str, command: str, known: Collection[str]) -> str | None:
     typed = flag.replace("_", "-")
     if flag in _WEIGHTS and command in _TAKE_WEIGHTS:
         return "A weight follows its adapter: ADAPTER:0.5"
-    if typed in _TO and "--to" not in known:
+    if typed in _TO and not {"--to", "--output-format"} & {*known}:
         return "To change the format: loratools convert ADAPTER -o NEW --to FORMAT"
     meant = typed if typed in known else _OPTIONS.get(typed, "")
     if typed == "--alpha" and "--set" in known:

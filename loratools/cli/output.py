@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import select
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,9 @@ _UNSAFE = re.compile(r"[^ -~\n]")
 _MARGIN = re.compile(r"[ │├└─|`-]*")
 _BRANCHES = str.maketrans("├└─`-", "│    ")
 """What continues the margin of a tree below a line."""
+_is_cut = False
+"""Whether a write to stdout has begun and not ended."""
+
 _NOT_ASCII = re.compile(r"[^\x00-\x7e]")
 
 
@@ -42,7 +46,27 @@ def say(text: str = "", *, err: bool = False, nl: bool = True, whole: bool = Fal
     if not (err or whole) and nl and "\n" not in shown:
         margin = _MARGIN.match(shown)[0]  # type: ignore[index]
         shown = wrapped(shown, f"{margin.translate(_BRANCHES)}  ")
-    click.echo(shown, err=err, nl=nl)
+    _write(shown, err=err, nl=nl)
+
+
+def _write(text: str, *, err: bool = False, nl: bool = True) -> None:
+    global _is_cut  # noqa: PLW0603 - a process has one stdout
+    _is_cut = not err
+    click.echo(text, err=err, nl=nl)
+    _is_cut = False
+
+
+def takes_more() -> bool:
+    """Return whether stdout ends in something whole, and is read by somebody who keeps up.
+
+    A signal may end a command while it waits for a slow reader, with half an object written.
+    """
+    if _is_cut or sys.stdout is None:
+        return False
+    try:
+        return bool(select.select([], [sys.stdout], [], 0)[1])
+    except (OSError, ValueError):  # Windows asks sockets only; a stream of a test has no number
+        return True
 
 
 def print_json(result: dict[str, Any]) -> None:
@@ -69,7 +93,7 @@ def print_json_text(text: str) -> None:
             return json.dumps(found[0])[1:-1]
         return found[0] if found[0].isprintable() else json.dumps(found[0])[1:-1]
 
-    click.echo(_NOT_ASCII.sub(written, text))
+    _write(_NOT_ASCII.sub(written, text))
 
 
 def _escaped(character: str) -> str:

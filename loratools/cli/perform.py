@@ -55,7 +55,7 @@ def target_of(writing: Writing, last: str | None = None) -> Writing:
 
 
 def _may_be_output(text: str) -> bool:
-    """Return whether a path could be made: nothing is there, and its folder is."""
+    """Return whether a path could be an output: it does not exist, and its folder does."""
     return not os.path.lexists(text) and os.path.isdir(os.path.dirname(text) or ".")
 
 

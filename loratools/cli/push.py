@@ -71,7 +71,7 @@ def command(
             from loratools.cli.findings.text import text_of
 
             say(text_of(found), err=reporting.json)
-        say("nothing was published", err=True)
+        say("nothing was published; to publish all the same, pass --no-check", err=True)
         if reporting.json:
             print_json(failure(error, describe(error), code))
         return code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from pathlib import Path
 
 from loratools.hub.references import path_of
@@ -27,7 +28,18 @@ def weighted_path(text: str) -> tuple[Path, float]:
     try:
         value = float(weight)
     except ValueError as error:
-        raise OptionError("not a weight", got=weight, expected="ADAPTER:NUMBER") from error
+        raise OptionError(
+            "not a weight", got=weight, expected="ADAPTER:NUMBER", hint=_as_number(path, weight)
+        ) from error
     if not math.isfinite(value):
         raise OptionError("not a finite weight", got=weight)
     return path_of(path), value
+
+
+def _as_number(path: str, weight: str) -> str | None:
+    """Return how a weight in per cent is written; None if it is none."""
+    try:
+        share = float(weight.removesuffix("%")) / 100
+    except ValueError:
+        return None
+    return f"Did you mean {shlex.quote(f'{path}:{share:g}')}?" if weight.endswith("%") else None

@@ -261,7 +261,7 @@ def _mended(
     base: Model | None,
     place: Writing,
 ) -> tuple[Mended, ...]:
-    """Take the steps that the findings ask for, and write what comes out, once."""
+    """Run the fixes that the findings ask for, and write the last result."""
     from loratools.face.convert import write
 
     taken: list[Mended] = []

@@ -190,7 +190,7 @@ def _text(path: Path | None) -> str | None:
 
 
 def _request(options: ConvertOptions) -> tuple[str | None, Wanted | str]:
-    """Return the format to write, if it is said, and the layout of experts or who reads it.
+    """Return the format if one is asked for, and the layout of experts or the reader.
 
     Raises:
         OptionError: there is no such program, or it loads another format than is asked for.
@@ -325,7 +325,7 @@ def write(
 
 
 def _named_like(own: str, path: Path) -> str:
-    """Return the format to write to a path: the adapter's own if the path may be one of its."""
+    """Return the format for a path: the adapter's own, if its files may have that name."""
     name = path.name.lower()
     claimed = [
         entry.format

@@ -187,7 +187,7 @@ def _fetch(values: dict[str, Any], wanted: Mapping[str, Wanted], *, companions: 
 
 
 def _recorded(run: Callable[[], R], asked: Asked) -> R:
-    """Run a function, and let its result say how it came about, in an error as well."""
+    """Run a function; its result, or its error, then says what was asked for."""
     began = time.perf_counter()
     try:
         result = run()
@@ -205,7 +205,7 @@ def _recorded(run: Callable[[], R], asked: Asked) -> R:
 def _called(
     function: Callable[..., R], given: dict[str, Any], groups: Mapping[str, Mapping[str, Option]]
 ) -> R:
-    """Call a function as one that its output records; publish an output that is a reference."""
+    """Call a function, record the call in its output, and publish an output on the Hub."""
     place = getattr(given.get("writing"), "output", None)
     if place is not None and is_explicit(place):
         from loratools.face.staging import published
@@ -235,8 +235,8 @@ def _want(mark: Wanted, value: Any) -> Any:
 def _fetched(group: Any, options: Mapping[str, Option], given: Mapping[str, Any]) -> Any:
     """Return a dataclass of options with local paths in place of references.
 
-    A field that is no option of this function, but an argument (the base model of a command line's
-    `Reading`), gets what became of the argument.
+    A field may be an argument of this function instead of an option, as the base model of a command
+    line's `Reading` is. It then gets the fetched value of the argument.
     """
     places: dict[str, Any] = {}
     for made in declared(type(group)):
@@ -255,7 +255,7 @@ def _local(path: Any, *, want: Any, beside: Beside, headers: bool = False) -> An
     if not os.fspath(path):
         return path
     if want == "model" and is_local(path) and not os.path.lexists(path):
-        # A `Path` made of it would lose what says that it is no name on the Hub.
+        # A `Path` made of it would lose the `./` which says that it is no name on the Hub.
         raise MissingFileError("no such file or folder", path=path)
     if parse(path, want) is None:
         return path

@@ -202,7 +202,7 @@ def extract_choices(
 
 
 def _both(base: Model, tuned: Model, naming: operation.Naming) -> tuple[Checkpoint, Checkpoint]:
-    """Return both checkpoints; pipelines whole, of which the LoRA is a single file.
+    """Return both checkpoints. Pipelines stay whole, since their LoRA is a single file.
 
     Raises:
         OptionError: a PEFT folder of a pipeline is asked for, or one of the two is no pipeline.
@@ -228,7 +228,7 @@ def _both(base: Model, tuned: Model, naming: operation.Naming) -> tuple[Checkpoi
 def _single_file(
     adapter: Adapter, before: Checkpoint, after: Checkpoint, to: str, component: str | None
 ) -> tuple[Adapter, tuple[Finding, ...]]:
-    """Return what was extracted as a single file of a naming has it, and what is to be told."""
+    """Return the adapter with the names of a single file, and findings about the names."""
     named, findings = named_in_single_files(adapter, before, after, component, to)
     try:
         context = Context(base=before.path)

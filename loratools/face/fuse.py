@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -38,8 +39,10 @@ from loratools.work.shard import Shard
 from loratools_formats.checkpoints.pipelines import is_pipeline
 from loratools_formats.containers.gguf.container import is_gguf
 from loratools_formats.containers.gguf.splits import read_model
+from loratools_formats.contract.path_kinds import is_model
+from loratools_formats.contract.registry import is_recognised
 from loratools_formats.core.findings import Finding
-from loratools_formats.disk.errors import OptionError
+from loratools_formats.disk.errors import OptionError, UnknownFormatError
 
 _AnyFusion = Fusion | GgufFusion | PipelineFusion
 
@@ -213,7 +216,7 @@ def fuse(
         OutputExistsError: the output exists and `overwrite` is false.
         OutputError: not enough space, or writing failed; nothing was changed.
     """
-    inputs = fuse_inputs(adapters, reading, dropping)
+    inputs = _inputs(base, adapters, reading, dropping)
     read = [item.adapter for item in inputs]
     fusion: _AnyFusion
     if isinstance(base, str | os.PathLike) and is_gguf(Path(base)):
@@ -272,6 +275,31 @@ def fuse_inputs(
         FuseInput(adapter, weight, label(source))
         for adapter, (source, weight) in zip(read, given, strict=True)
     ]
+
+
+def _inputs(base: object, adapters: Any, reading: Reading, dropping: Dropping) -> list[FuseInput]:
+    """Return the inputs; raise another error for an adapter that is named before its model."""
+    try:
+        return fuse_inputs(adapters, reading, dropping)
+    except UnknownFormatError as error:
+        command = _in_order(base, adapters)
+        if command is None:
+            raise
+        raise UnknownFormatError(
+            "the adapter stands where the model belongs", path=str(base), hint=command
+        ) from error
+
+
+def _in_order(base: object, adapters: Any) -> str | None:
+    """Return the command for those who name the adapter first; None if that is not what it is."""
+    named = [source for source, _ in weighted(adapters)]
+    if len(named) != 1 or not isinstance(named[0], str | os.PathLike):
+        return None
+    path = Path(named[0])
+    if not (isinstance(base, str | os.PathLike) and is_model(path) and is_recognised(base)):
+        return None
+    model_given, adapter_given = (shlex.quote(os.fspath(each)) for each in (path, base))
+    return f"The model comes first: loratools fuse {model_given} {adapter_given} -o fused"
 
 
 _WORDS = {"max_shard_bytes": "max_shard_size"}

@@ -1,4 +1,4 @@
-"""`fuse` by several processes: what one of them tells, and how a cluster is given the parts."""
+"""`fuse` in several processes: the result of one part, and how a cluster gets the parts."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _write_part(given: Mapping[str, Any], part: Shard) -> Any:
 
 
 def _placed(value: Any) -> Any:
-    """Return paths made absolute, as any process may read them."""
+    """Return absolute paths, which every process can read."""
     if isinstance(value, str | os.PathLike):
         return os.path.abspath(value)
     if isinstance(value, Mapping):

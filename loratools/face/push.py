@@ -285,7 +285,7 @@ def _prepared(
                 "README.md",
             )
         )
-    # All that is told of the files was read by now: what they hold is what was read.
+    # The card and the notes are made from what was read; the files must still hold that.
     contents = {name: watched.content(place) for name, place in found.files.items()}
     contents |= {name: Content.of_bytes(data) for name, data in made.items()}
     placed = {f"{inside}/{name}" if inside else name: each for name, each in contents.items()}

@@ -145,9 +145,10 @@ class AdapterResult(Reported):
         about = get_format(self.adapter.format).writing_findings(self.adapter)
         object.__setattr__(self, "findings", tuple(dict.fromkeys((*self.findings, *about))))
         super().__post_init__()
-        made, error = self.adapter.provenance, getattr(self, "relative_error", None)
+        made = self.adapter.provenance
         if made is not None and "report" not in made:
-            told = {**made, "report": adapter_report(self.adapter, error)}
+            error, nbytes = (getattr(self, name, None) for name in ("relative_error", "bytes_out"))
+            told = {**made, "report": adapter_report(self.adapter, error, nbytes=nbytes)}
             object.__setattr__(self, "adapter", replace(self.adapter, provenance=told))
 
     def title(self) -> str:

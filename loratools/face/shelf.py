@@ -36,7 +36,7 @@ def named_adapters(
         return {str(name): opened(one, reading, dropping) for name, one in adapters.items()}
     if isinstance(adapters, str | os.PathLike | Adapter) or not isinstance(adapters, Iterable):
         raise OptionError("several adapters are wanted", got=repr(adapters))
-    # A record of a call has each with its weight, which adapters on a shelf do not have.
+    # The record of a call holds pairs of adapter and weight; adapters of a shelf have no weight.
     sources = [one[0] if isinstance(one, tuple) else one for one in adapters]
     places = [_place(one) for one in sources]
     known = [os.path.realpath(place) for place in places if place is not None]

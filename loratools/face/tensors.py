@@ -160,7 +160,7 @@ def _opened(adapter: Adapter, name: str, base: Model | None) -> LowRank | Opened
     told = with_settings(complete.adapter, complete.unused, checkpoint)
     if checkpoint is None:  # what other modules depend on does not matter then
         told = replace(told, modules={name: told.modules[name]})
-    # A rank, so that no more than the leading triplets are looked for, which nobody asks for here.
+    # With a rank, only the leading triplets are computed; nobody asks for them here.
     return Opener(told, RankRule(rank=1), ComputeOptions(), checkpoint).open(name)
 
 

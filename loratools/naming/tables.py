@@ -8,6 +8,7 @@ many blocks there are. A user's own table is a file of the same form.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -379,10 +380,14 @@ def find_table(name: str) -> Table:
         if table.name == name:
             return table
     if not name.endswith(".toml"):
+        known = [table.name for table in bundled_tables()]
+        close = [one for one in known if name and one.startswith(name.lower())]
+        close = close or difflib.get_close_matches(name, known, n=1)
         raise OptionError(
             "there is no table of names with this name",
             got=name,
-            expected=", ".join(table.name for table in bundled_tables()) + " or FILE.toml",
+            expected=", ".join(known) + " or FILE.toml",
+            hint=f"Did you mean {' or '.join(close)}?" if close else None,
         )
     from loratools_formats.disk import strict_toml
 

@@ -6,6 +6,7 @@ every subject shows whether it speaks of the bytes that are there.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +125,8 @@ def statement_of(path: Path) -> dict[str, Any]:
             "nothing says how it was made",
             path=path,
             expected=f"{place.name} beside or inside it, or metadata of loratools",
-            hint="Only outputs of loratools have one; `loratools info PATH` tells what it is",
+            hint="Only outputs of loratools have one. To see what it is: "
+            f"loratools info {shlex.quote(str(path))}",
         )
     return told
 

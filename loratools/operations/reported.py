@@ -28,12 +28,23 @@ def report(error: float | None, nbytes: int, nbytes_in: int | None = None) -> di
 
 
 def adapter_report(
-    adapter: Adapter, error: float | None, nbytes_in: int | None = None
+    adapter: Adapter,
+    error: float | None,
+    nbytes_in: int | None = None,
+    nbytes: int | None = None,
 ) -> dict[str, Any]:
-    """Return the report of an adapter, which tells its ranks as well; arguments as of `report`."""
+    """Return the report of an adapter, which tells its ranks as well.
+
+    Args:
+        adapter: the output.
+        error: as in `report`.
+        nbytes_in: as in `report`.
+        nbytes: size of its weights; None if nobody has counted them yet.
+    """
+    nbytes = written_nbytes(adapter) if nbytes is None else nbytes
     ranks = sorted({each.rank for each in adapter.modules.values() if each.rank is not None})
     return {
-        **report(error, written_nbytes(adapter), nbytes_in),
+        **report(error, nbytes, nbytes_in),
         "ranks": " to ".join(map(str, dict.fromkeys((*ranks[:1], *ranks[-1:])))),
     }
 

@@ -110,7 +110,7 @@ def _table(part: Table) -> str:
 
 
 def _title(text: str, rows: Sequence[Sequence[Cell]], place: int) -> str:
-    """Return the heading of a column, on the side where its values are."""
+    """Return the heading of a column, aligned as its values."""
     worded = any(isinstance(row[place], str) for row in rows)
     kind = "" if worded or not place else ' class="number"'
     return (

@@ -372,7 +372,7 @@ def _named(step: Step) -> Iterator[None]:
 
 
 def _identity(output: Path | None) -> tuple[int, ...] | None:
-    """Return what tells whether a result was put in the place of another; None if none is there."""
+    """Return the identity of a result, which changes if it is replaced; None if none is there."""
     try:
         found = None if output is None else os.lstat(output)
     except OSError:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Sequence
+from itertools import filterfalse
 from pathlib import Path
 
 from loratools_formats.contract.registry import find_format, get_format
 from loratools_formats.disk.errors import AdapterError, LoratoolsError
+from loratools_formats.disk.provenance import PROVENANCE_FILE, RECIPE_FILE
 
 _MOST_FOLDERS = 100_000
 _HALVES = ("adapter_config.json", "adapter_model.safetensors")
@@ -44,7 +46,8 @@ def adapters_in(paths: Sequence[Path]) -> list[Path]:
     """Return the adapters that paths mean, in order and each once.
 
     A path with wildcards stands for what it matches, and a folder that is no adapter for all
-    adapters below it. Hidden folders and links to folders are not entered.
+    adapters below it. Hidden folders and links to folders are not entered. What lies beside an
+    adapter's file and says how it was made is left out, since `*` in a shell names it as well.
 
     Raises:
         AdapterError: wildcards match nothing.
@@ -56,10 +59,19 @@ def adapters_in(paths: Sequence[Path]) -> list[Path]:
             matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
             if not matches:
                 raise AdapterError("nothing matches", path=path)
-        for match in matches:
+        for match in filterfalse(_belongs_to_file, matches):
             inner = [] if not match.is_dir() or is_adapter(match) else _below(match)
             found |= dict.fromkeys(inner or [match])
     return list(found)
+
+
+def _belongs_to_file(path: Path) -> bool:
+    """Return whether a path is the statement or the recipe that lies beside an adapter's file."""
+    ends = (f".{PROVENANCE_FILE}", f".{RECIPE_FILE}")
+    return any(
+        path.name.endswith(end) and path.with_name(path.name.removesuffix(end)).is_file()
+        for end in ends
+    )
 
 
 def _below(folder: Path) -> list[Path]:

@@ -8,6 +8,7 @@ old spellings, how text is read) is in the field's metadata; `option` puts it th
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import inspect
 import keyword
@@ -114,8 +115,12 @@ class Option:
         if self.choices and isinstance(value, str):
             value = next((c for c in self.choices if c.lower() == value.lower()), value)
         if self.choices and value not in self.choices:
+            close = difflib.get_close_matches(str(value), self.choices, n=1)
             raise OptionError(
-                f"{self.name} has no such value", got=given, expected=" or ".join(self.choices)
+                f"{self.name} has no such value",
+                got=given,
+                expected=" or ".join(self.choices),
+                hint=f"Did you mean {close[0]}?" if close else None,
             )
         return value
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController, threadpool_limits
 
 from loratools.work.declared import option
 from loratools.work.typed import check_options
@@ -81,11 +82,13 @@ class _OneThread:
         self._lock = threading.Lock()
         self._working = 0
         self._limits: threadpool_limits | None = None
+        self._known: ThreadpoolController | None = None
+        self._modules = 0
 
     def __enter__(self) -> None:
         with self._lock:
             if not self._working:
-                self._limits = threadpool_limits(1)
+                self._limits = self._controller().limit(limits=1)
             self._working += 1
 
     def __exit__(self, *_: object) -> None:
@@ -94,6 +97,12 @@ class _OneThread:
             if not self._working and self._limits is not None:
                 self._limits.restore_original_limits()
                 self._limits = None
+
+    def _controller(self) -> ThreadpoolController:
+        """Return what sets the threads of all libraries; a library comes with a Python module."""
+        if self._known is None or self._modules != len(sys.modules):
+            self._known, self._modules = ThreadpoolController(), len(sys.modules)
+        return self._known
 
 
 _ONE_THREAD = _OneThread()

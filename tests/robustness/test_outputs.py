@@ -284,7 +284,14 @@ def test_stdout_without_reader(source, tmp_path, loratools):
     assert run.code == 0
 
 
-def test_stdout_full(source, tmp_path, loratools):
-    run = loratools("info", source, stdout="/dev/full")
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_stdout_full(source, tmp_path, loratools, more):
+    run = loratools("info", source, *more, stdout="/dev/full")
     assert run.code == 2
     assert run.err.splitlines() == ["error: No space left on device"]
+
+
+def test_stdout_full_when_the_error_is_told(tmp_path, loratools):
+    run = loratools("info", tmp_path / "no", "--json", stdout="/dev/full")
+    assert run.code == 2
+    assert run.err.splitlines() == [f"error: {tmp_path / 'no'}: no such file or folder"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -54,6 +55,28 @@ def test_a_signal_leaves_nothing_behind(tmp_path, name):
         assert process.returncode == (130 if name == "SIGINT" else 128 + number)
         assert "Traceback" not in errors
         assert left == []
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="shortens a pipe, as Linux can")
+@pytest.mark.parametrize("form", [["--json"], []])
+def test_a_signal_ends_a_command_whose_reader_is_slow(tmp_path, form):
+    """What was printed before stays, and no second object follows half of the first."""
+    import fcntl
+
+    source = adapter(tmp_path / "lora", 300, 4, 4, 1)
+    command = [sys.executable, "-m", "loratools", "spectrum", str(source), *form]
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    process = subprocess.Popen(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    while not select.select([reader], [], [], 0.1)[0]:
+        assert process.poll() is None
+    time.sleep(0.5)  # until the pipe is full
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors) == (130, "interrupted\n")
+    with open(reader, "rb") as told:
+        assert len(told.read()) <= 4096
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")

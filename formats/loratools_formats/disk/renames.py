@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import os
 import sys
 from pathlib import Path
@@ -104,13 +105,18 @@ def exchange(first: Path, second: Path) -> bool:
         return False
 
 
+@functools.cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
 def _renamed(first: Path, second: Path, linux: int, apple: int | None) -> bool:
     """Rename with flags; False where the system or the file system does not know them.
 
     Raises:
         OSError: the system refused.
     """
-    library = ctypes.CDLL(None, use_errno=True)
+    library = _library()
     names = os.fsencode(first), os.fsencode(second)
     if sys.platform.startswith("linux") and hasattr(library, "renameat2"):
         status = library.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], linux)

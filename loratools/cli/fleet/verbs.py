@@ -41,15 +41,20 @@ class FleetCommand(Command):
         ctx.obj = args[cut + 1 :]
         try:
             return super().parse_args(ctx, args[:cut])
-        except click.NoSuchOption as error:
+        except click.UsageError as told:
+            error = told if isinstance(told, click.NoSuchOption) else told.__cause__
             verb = str(self.name).removeprefix("fleet ")
-            if error.option_name not in {made.flag for _, made in VERBS[verb].options.values()}:
+            flags = {made.flag for _, made in VERBS[verb].options.values()}
+            if not isinstance(error, click.NoSuchOption) or error.option_name not in flags:
                 raise
             at = next(i for i, one in enumerate(args) if one.startswith(error.option_name))
             given = [one for one in args[at + 1 : cut][:1] if not one.startswith("-")]
+            moved = shlex.join([args[at], *given, *args[cut + 1 :]])
+            before = [*args[:at], *args[at + 1 + len(given) : cut]]
+            before += [] if {"-o", "--output"} & {*before} else ["-o", "RESULTS"]
             text = (
                 f"{error.option_name} is an option of the operation, and those stand behind --: "
-                f"loratools fleet {verb} ADAPTERS -o RESULTS -- {shlex.join([args[at], *given])}"
+                f"loratools fleet {verb} {shlex.join(before)} -- {moved}"
             )
             raise click.UsageError(text, ctx) from error
 

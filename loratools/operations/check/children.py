@@ -1,4 +1,4 @@
-"""Many adapters in several processes, since headers are parsed by the interpreter alone.
+"""Check many adapters in several processes, since threads cannot parse headers side by side.
 
 A child is this module, run as a program: it reads one JSON object from stdin, which names its
 adapters, and prints one line of JSON for each. Bases, formats and rules are those of this process;

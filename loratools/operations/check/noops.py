@@ -89,7 +89,7 @@ def _expert_axes(subject: Subject) -> Iterator[Found]:
 
 
 def _in_base(subject: Subject) -> tuple[Adapter | None, list[Found]]:
-    """Return the adapter in the base's names, or what hinders that."""
+    """Return the adapter in the base's names, or the error that prevents it."""
     adapter, base = subject.adapter, subject.base
     if adapter is None or base is None:
         return None, []
@@ -124,7 +124,7 @@ def _not_in_base(subject: Subject) -> Iterator[Found]:
 
 
 def _called_otherwise(subject: Subject) -> Iterator[Found]:
-    """Find modules that the base has, and its class calls otherwise than the adapter does."""
+    """Find modules that the base has, and to which its class gives other names."""
     if subject.base is None or subject.adapter is None or not subject.is_peft:
         return
     try:

@@ -46,9 +46,13 @@ def rule_named(text: str) -> Rule:
         if text.upper() == rule.code or text.lower() == rule.slug:
             return rule
     names = [name for rule in RULES for name in (rule.code, rule.slug)]
+    begun = sorted(rule.code for rule in RULES if text and rule.code.startswith(text.upper()))
     close = difflib.get_close_matches(text, names, n=1)
+    hint = f"Did you mean {close[0]!r}?" if close else "Name one as `check` does, such as LT505"
     raise OptionError(
-        "no such rule", got=text, hint=f"Did you mean {close[0]!r}?" if close else None
+        "no such rule",
+        got=text,
+        hint=f"It begins several; name one: {', '.join(begun)}" if begun else hint,
     )
 
 

@@ -143,7 +143,7 @@ def _scale(subject: Subject, adapter: Adapter, target: Target) -> Iterator[Found
 def _of_alphas(
     adapter: Adapter, target: Target, scales: Mapping[str, float], taken: Mapping[str, float]
 ) -> Found:
-    """Return that a program gives modules the alpha of others."""
+    """Return the finding that a program gives modules the alpha of others."""
     first = next(iter(taken))
     text = (
         f"{target.label} ignores the alphas of {len(taken)} of {len(scales)} modules and takes "

@@ -19,11 +19,12 @@ def check_fit(inputs: Sequence[MergeInput], options: MergeOptions, method: Metho
     """
     count = len(inputs)
     if count < method.least or (method.most is not None and count > method.most):
-        most = "" if method.most is None else f" and at most {method.most}"
+        least, most = method.least, method.most
+        wanted = f"from {least} to {most}" if most is not None else f"at least {least}"
         raise OptionError(
             f"method {method.name} has the wrong number of adapters",
             got=count,
-            expected=f"at least {method.least}{most}",
+            expected=str(least) if least == most else wanted,
         )
     if options.space == "core" and method.kind != "elementwise":
         raise OptionError(f"`space=core` is for elementwise methods; {method.name} is not one")

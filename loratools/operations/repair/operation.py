@@ -98,7 +98,7 @@ def repair(
     if not options.keep_intruders and base is None:
         raise OptionError(
             "intruder dimensions show only beside the base model",
-            hint="Pass `base=MODEL` or `keep_intruders=True`",
+            hint="Pass `base=MODEL`, or `keep_intruders=True` for the other steps",
         )
     if not options.keep_intruders and has_own_layout(adapter):
         raise UnsupportedError(

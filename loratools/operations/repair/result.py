@@ -40,7 +40,10 @@ class RepairOptions:
         if not 0.0 <= self.shrink < 1.0:
             raise OptionError("lambda is a share", got=self.shrink, expected="from 0, below 1")
         if self.keep_intruders and not (self.drop_dead or self.rebalance):
-            raise OptionError("no step of the repair is chosen")
+            raise OptionError(
+                "no step of the repair is chosen",
+                hint="Add `drop_dead=True` or `rebalance=True`, or both",
+            )
 
     def record(self) -> dict[str, Any]:
         """Return what determines the output's bytes, for its provenance."""

@@ -67,7 +67,7 @@ def _spread(client: Any, tasks: Sequence[Task]) -> Iterator[Outcome]:
 def _outcomes(future: Any, batch: list[Task]) -> tuple[list[Outcome], list[Task]]:
     """Return what became of a batch, and which tasks are to be submitted alone.
 
-    What a process had done of a batch when it died is found, and cost nothing; the task at which
+    What a process had finished of a batch before it died is found again. The task at which
     processes die is known by its marks, and the others of its batch do not fail with it.
     """
     error = future.exception()

@@ -1,4 +1,4 @@
-"""Which adapters a fleet is of: paths, wildcards, lists, and the Hub's organisations and shelves.
+"""The adapters of a fleet, given as paths, wildcards, lists, organisations or shelves of the Hub.
 
 The order is that of names, and each name is one output: every process with the same arguments finds
 the same list.

@@ -172,7 +172,7 @@ class _Work:
         return self._outcome(state, None if said is None else said[0], told, begun)
 
     def _found(self, said: Mapping[str, Any], begun: float) -> Outcome:
-        """Return the outcome of what was done before, with what its report tells if it is one."""
+        """Return the outcome of earlier work, with the numbers of its report if there is one."""
         told: dict[str, Any] | None = None
         if not self._is_file and self._store is not None:
             told = _of_report(self._store.read(self._name), self._store.shown(self._name))
@@ -210,7 +210,7 @@ class _Work:
         return self._store.make(self._name, make, self._claim(), overwrite=overwrite)
 
     def _claim(self) -> bytes:
-        """Return what tells this output from one of other inputs or options while it is put."""
+        """Return a mark of the inputs and options, for use while the output is put."""
         task, others = self._task, self._others()
         content = [task.source, task.verb, dict(self._call.options), self._call.seed, __version__]
         text = json.dumps([*content, sorted((name, str(path)) for name, path in others.items())])
@@ -228,7 +228,7 @@ class _Work:
         data = origin.named(text).encode("utf-8", "surrogatepass")
         said = report_statement(self._verb, self._call, origin, others, data, path)
         local = store_of(path.parent)
-        # First the statement: a report without one is of somebody else, and is not replaced.
+        # The statement is read first: a report without one is not ours and is not replaced.
         local.write(f"{path.name}.{PROVENANCE_FILE}", said)
         if not local.write(path.name, data, new=not self._task.overwrite):
             raise OutputExistsError("the output appeared meanwhile", path=path)

@@ -106,7 +106,9 @@ class Verb:
         groups = self._groups(found)
         if self.name in NEEDS_RANKS and not build(RankRule, groups[RankRule]).is_given:
             raise OptionError(
-                "no rule for the ranks", expected="`rank`, `energy`, `budget` or another rule"
+                "no rule for the ranks",
+                expected="`rank`, `energy`, `budget` or another rule",
+                hint="Give one, such as `rank=16`",
             )
         self.recorded(found)
         if "to" in found and found["to"] is not None:

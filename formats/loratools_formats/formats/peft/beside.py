@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path, PurePosixPath
 
 from loratools_formats.core.attachments import ATTACHMENTS
@@ -19,10 +20,22 @@ def attachments(folder: Path) -> dict[str, Path]:
     Raises:
         AdapterError: a link leads out of the folder, or the list of modules does.
     """
-    names = [name for name in ATTACHMENTS if (folder / name).is_file()]
+    names = [name for name in standing(folder) if (folder / name).is_file()]
     if _MODULES in names:
         names += _of_sentence_transformers(folder)
     return {name: inside(folder, name) for name in names}
+
+
+def standing(folder: Path) -> list[str]:
+    """Return which of the names of `ATTACHMENTS` stand in a folder, files or not.
+
+    A folder is listed once, which is faster than to ask for each name. On a disk that does not tell
+    capital letters from small ones, a name may be listed in other letters.
+    """
+    listed = {name.casefold() for name in os.listdir(folder)}
+    return [
+        name for name in ATTACHMENTS if name.casefold() in listed and os.path.lexists(folder / name)
+    ]
 
 
 def _of_sentence_transformers(folder: Path) -> list[str]:

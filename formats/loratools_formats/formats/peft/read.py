@@ -7,7 +7,6 @@ carried; one that could change ΔW and is not understood is an error.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from loratools_formats.disk.errors import (
 from loratools_formats.disk.files import RegularFile, inside
 from loratools_formats.disk.provenance import PROVENANCE_FILE, RECIPE_FILE
 from loratools_formats.formats.peft import keys
-from loratools_formats.formats.peft.beside import attachments
+from loratools_formats.formats.peft.beside import attachments, standing
 from loratools_formats.formats.peft.config import (
     CONFIG_FILE,
     NOT_A_PRODUCT,
@@ -267,8 +266,8 @@ def _about_folder(folder: Path, weights_name: str) -> list[Finding]:
             name,
             f"{name} is no regular file, and is left out: {_what_it_is(folder / name)}",
         )
-        for name in ATTACHMENTS
-        if os.path.lexists(folder / name) and not (folder / name).is_file()
+        for name in standing(folder)
+        if not (folder / name).is_file()
     ]
     if foreign:
         text = f"files beside the adapter, not part of it: {', '.join(foreign)}"
