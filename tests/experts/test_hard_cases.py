@@ -17,6 +17,7 @@ from expert_files import (
     save,
     stacked,
 )
+from safetensors.numpy import load_file, save_file
 
 import loratools as lt
 from loratools_formats import read_adapter
@@ -146,3 +147,101 @@ def test_what_mlx_lm_has_no_model_of_is_told(tmp_path):
     dense = save(tmp_path / "b", (plain, change.config | {"target_modules": ["q_proj"]}))
     done = lt.convert(dense, to="mlx", base=model, output=tmp_path / "mlx")
     assert "no-model-in-mlx" in {finding.code for finding in done.findings}
+
+
+@pytest.mark.parametrize("leaf", ["gate_proj", "up_proj"])
+def test_gguf_of_gate_or_up_alone_leaves_the_other_as_it_is(leaf, tmp_path):
+    """A half that is not adapted has a block of zeros in PEFT's joined parameter."""
+    change = Change(width=8, inner=8, same_a=False)
+    tensors, config = LAYOUTS["one by one"](change)
+    tensors = {n: v for n, v in tensors.items() if f".{leaf}." in n or ".down_proj." in n}
+    config |= {"target_modules": [leaf, "down_proj"]}
+    model = base(tmp_path / "base", change, stacks=True)
+    lt.convert(save(tmp_path / "a", (tensors, config)), to="gguf", base=model,
+               output=tmp_path / "a.gguf")  # fmt: skip
+    lt.convert(tmp_path / "a.gguf", to="peft", base=model, output=tmp_path / "b")
+    kept = {leaf.removesuffix("_proj"), "down"}
+    wanted = {k: d if k[0] in kept else 0 * d for k, d in change.deltas().items()}
+    adapter = read_adapter(tmp_path / "b")
+    assert largest_error(read_deltas(adapter), wanted) <= 2.0**-51
+    assert {module.rank for module in adapter.modules.values()} == {2}
+
+
+def dora(change, seed=3):
+    """Return experts one by one, each a DoRA; PEFT on transformers 4 writes them."""
+    tensors, config = LAYOUTS["one by one"](change)
+    rng = np.random.default_rng(seed)
+    for name, b in list(tensors.items()):
+        if "lora_B" in name:
+            magnitude = name.replace("lora_B.weight", "lora_magnitude_vector")
+            tensors[magnitude] = (1 + rng.random(len(b))).astype(np.float32)
+    return tensors, config | {"use_dora": True}
+
+
+@pytest.mark.parametrize("inner", [6, 8])
+def test_a_dora_of_one_expert_reads_its_weight_in_a_stack(inner, tmp_path):
+    """The hint of a refusal led to `to-lora`, which knew no stacks."""
+    change = Change(width=8, inner=inner)
+    tensors, config = dora(change)
+    folder = save(tmp_path / "a", (tensors, config))
+    one, stack = (base(tmp_path / f"{x}", change, stacks=x) for x in (False, True))
+    lt.to_lora(folder, base=stack, energy=1.0, output=tmp_path / "lora")
+    lt.fuse(one, folder, output=tmp_path / "fused one")
+    wanted = fused_deltas(one, tmp_path / "fused one")
+    for model in (one, stack):
+        lt.fuse(model, tmp_path / "lora", output=tmp_path / "fused", overwrite=True)
+        found = fused_deltas(model, tmp_path / "fused")
+        assert largest_error(found, wanted) <= 4 * ROUNDING
+    plain = save(tmp_path / "plain", LAYOUTS["one by one"](change))
+    lt.to_dora(plain, base=stack, output=tmp_path / "dora")
+    lt.fuse(stack, tmp_path / "dora", output=tmp_path / "fused", overwrite=True)
+    found = fused_deltas(stack, tmp_path / "fused")
+    assert largest_error(found, change.deltas()) <= 4 * ROUNDING
+
+
+@pytest.mark.parametrize("asked", ["3d", "shared-outer", "stacked", "tinker"])
+def test_a_layout_without_a_place_for_magnitudes_is_refused(asked, tmp_path):
+    """The experts were written one by one, and nothing said so."""
+    folder = save(tmp_path / "a", dora(Change()))
+    wanted = {"to": "tinker"} if asked == "tinker" else {"experts": asked}
+    with pytest.raises(UnsupportedError, match=f"cannot be written as {asked}") as told:
+        lt.convert(folder, output=tmp_path / "b", **wanted)
+    assert "to-lora" in told.value.hint
+    lt.convert(folder, experts="each", output=tmp_path / "b")
+
+
+@pytest.mark.parametrize("asked", [{"experts": "3d"}, {"to": "tinker"}])
+def test_experts_of_several_types_are_stacked_in_one_that_holds_them(asked, tmp_path):
+    change = Change(same_a=False)
+    tensors, config = LAYOUTS["one by one"](change)
+    for name in tensors:
+        if ".experts.1." in name:
+            tensors[name] = tensors[name].astype(np.float16)
+    folder = save(tmp_path / "a", (tensors, config))
+    wanted = read_deltas(read_adapter(folder))
+    lt.convert(folder, output=tmp_path / "b", **asked)
+    assert largest_error(read_deltas(read_adapter(tmp_path / "b")), wanted) == 0.0
+
+
+@pytest.mark.parametrize("inner", [6, 8])
+def test_experts_without_a_gate_are_extracted(inner, tmp_path):
+    change = Change(width=8, inner=inner)
+    whole = base(tmp_path / "whole", change, stacks=True)
+    tensors = load_file(whole / "model.safetensors")
+    up = tensors.pop(f"{OWNER}.gate_up_proj")[:, inner:]
+    tensors[f"{OWNER}.up_proj"] = np.ascontiguousarray(up)
+    tensors = {name.replace(".mlp.", ".mixer."): values for name, values in tensors.items()}
+    config = json.loads((whole / "config.json").read_text())
+    config |= {"model_type": "nemotron_h", "architectures": ["NemotronHForCausalLM"]}
+    model = tmp_path / "base"
+    model.mkdir()
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    (model / "config.json").write_text(json.dumps(config))
+    a, adapter = LAYOUTS["one by one"](change)
+    a = {n.replace(".mlp.", ".mixer."): v for n, v in a.items() if ".gate_proj." not in n}
+    folder = save(tmp_path / "a", (a, adapter | {"target_modules": ["up_proj", "down_proj"]}))
+    lt.fuse(model, folder, output=tmp_path / "fused")
+    lt.extract(model, tmp_path / "fused", rank=2, output=tmp_path / "b")
+    found = read_deltas(lt.read(tmp_path / "b"))
+    wanted = {key: delta for key, delta in change.deltas().items() if key[0] != "gate"}
+    assert largest_error(found, wanted) <= 8 * ROUNDING

@@ -118,6 +118,8 @@ def in_target_names(
     """
     checkpoint = checkpoint_of(adapter, base)
     if checkpoint is not None:
+        if target == "mlx":
+            _refuse_tied_head(adapter, checkpoint)
         if adapter.format == "mlx":
             adapter = _with_bodies(adapter, checkpoint, to_mlx=False)
         adapter = in_class_names([adapter], checkpoint, as_stored=as_stored)[0]
@@ -198,7 +200,6 @@ def _unknown_to_mlx(base: Checkpoint) -> str | None:
 
 
 def _for_mlx(adapter: Adapter, base: Checkpoint) -> Adapter:
-    _refuse_tied_head(adapter, base)
     _refuse_other_layers(adapter, base)
     unknown = _unknown_to_mlx(base)
     if unknown is not None:

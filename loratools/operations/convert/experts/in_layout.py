@@ -78,7 +78,7 @@ def in_layout(
         if whole:
             adapter = retargeted(adapter, {**adapter.modules, **whole})
             adapter = replace(adapter, modules={**adapter.modules, **whole})
-    if wanted.layout != "tinker":
+    if target == "peft" and wanted.layout != "tinker":
         adapter = as_class_has_heads(adapter, checkpoint)
     if target == "mlx":
         return _uniform(in_names(straightened(adapter, checkpoint))), wanted, ()

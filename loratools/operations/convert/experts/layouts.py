@@ -23,6 +23,7 @@ from loratools.operations.convert.experts.groups import (
     base_hint,
     has_gate,
     order_of,
+    refuse_no_pairs,
     sorted_experts,
     types_of,
 )
@@ -87,6 +88,7 @@ def laid_out(
     if not wanted.is_given and not _has_other_sides(adapter, base):
         return adapter, ()
     found = sorted_experts(adapter, base)
+    refuse_no_pairs(adapter, found, wanted.layout)
     if not found.groups and wanted.layout != "tinker":
         return _rest(adapter, wanted, found.others, ())
     made, told = _MAKERS[wanted.layout or _own(found)](adapter, wanted, found, base)

@@ -13,6 +13,7 @@ from typing import Any
 from loratools_formats.contract.commands import command_on
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import LowRank
+from loratools_formats.core.dtypes import DType, common_dtype, encode
 from loratools_formats.core.factors import alpha_of
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef, have_same_bits, joined
@@ -100,7 +101,18 @@ def _stack(path: str, parts: list[TensorRef]) -> TensorRef:
             tensor=path,
             got=", ".join(str(list(shape)) for shape in sorted({part.shape for part in parts})),
         )
-    return joined(path, parts, (len(parts), *parts[0].shape))
+    dtype = common_dtype([part.dtype for part in parts])
+    of_one = [part if part.dtype == dtype else _widened(part, dtype) for part in parts]
+    return joined(path, of_one, (len(parts), *parts[0].shape))
+
+
+def _widened(tensor: TensorRef, dtype: DType) -> TensorRef:
+    """Return a factor in a wider type, which holds all of its values."""
+
+    def read() -> bytes:
+        return encode(tensor.load(), dtype).tobytes()
+
+    return TensorRef(tensor.key, dtype, tensor.shape, read)
 
 
 def _sides(adapter: Adapter, path: str, a: TensorRef, b: TensorRef) -> Iterator[TensorRef]:
