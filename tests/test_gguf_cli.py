@@ -132,10 +132,16 @@ def test_options_for_gguf_are_refused(options, message):
 
 
 def test_a_model_is_no_adapter(model):
-    done = loratools("info", model)
+    done = loratools("squeeze", model, "--rank", "2", "--dry-run")
     assert done.returncode == 2
     assert "not a LoRA adapter" in done.stderr
     assert f"or: loratools fuse {model} ADAPTER -o fused.gguf" in done.stderr
+
+
+def test_info_tells_what_a_model_is(model):
+    done = loratools("info", model)
+    assert done.returncode == 0
+    assert "model       llama" in done.stdout
 
 
 def test_an_existing_output_is_kept(files, tmp_path):

@@ -37,22 +37,19 @@ _COMMAND = re.compile(
 
 def texts(path):
     """Yield every text of a module that is no docstring, with a name for each value in it."""
-    tree = ast.parse(path.read_text())
-    docs = {
-        id(node.body[0].value)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
-        and node.body
-        and isinstance(node.body[0], ast.Expr)
-    }
-    inner = {
-        id(part)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.JoinedStr)
-        for part in node.values
-    }
-    for node in ast.walk(tree):
-        if id(node) in docs or id(node) in inner:
+    source = path.read_text()
+    if "loratools " not in source:  # most modules, which need not be parsed
+        return
+    nodes = list(ast.walk(ast.parse(source)))
+    left_out = set()
+    for node in nodes:
+        if isinstance(node, ast.JoinedStr):
+            left_out |= {id(part) for part in node.values}
+        elif isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and node.body:
+            first = node.body[0]
+            left_out |= {id(first.value)} if isinstance(first, ast.Expr) else set()
+    for node in nodes:
+        if id(node) in left_out:
             continue
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.lineno, node.value

@@ -59,8 +59,8 @@ def test_small_matrices_are_decomposed_exactly(shape):
 def test_stored_rows_and_rows_made_anew_are_the_same():
     x = np.random.default_rng(4).standard_normal((530, 550)).astype(np.float32)
     store = RowStore(x.shape, None)
-    store.append(x[:250])
-    store.append(x[250:])
+    for part in (x[:250], x[250:]):
+        store.append(part, float((part.astype(np.float64) ** 2).sum()))
     source = RowSource(x.shape, lambda start, stop: x[start:stop].astype(np.float64))
     assert store.squared_norm == pytest.approx(source.squared_norm)
     one, two = (streamed_svd(s, 9, power_iterations=3, seed=0) for s in (store, source))

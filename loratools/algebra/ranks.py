@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     Values = NDArray[np.float64]
 
 _PER_CENT = 100
+_LIMITS = ("max_rank", "min_rank", "patterns", "uniform", "serve")
+"""Fields of `RankRule` that are no rules, and may be set beside one."""
 SERVE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values vLLM accepts as max_lora_rank (vllm/config/lora.py, 2026)."""
 
@@ -123,7 +125,7 @@ def pattern_rank(text: str) -> tuple[str, int]:
 
 @dataclass(frozen=True)
 class RankRule:
-    """How ranks are chosen. At most one of the first seven fields may be set.
+    """How ranks are chosen: by at most one rule, and what limits it.
 
     Attributes:
         rank: the same rank for every module.
@@ -193,7 +195,8 @@ class RankRule:
             raise OptionError("`uniform=True` with `budget` leaves no place for rank patterns")
 
     def _rules(self) -> list[str]:
-        return [f.name for f in fields(self)[:7] if getattr(self, f.name) not in (None, False)]
+        every = [field.name for field in fields(self) if field.name not in _LIMITS]
+        return [name for name in every if getattr(self, name) not in (None, False)]
 
     @property
     def is_given(self) -> bool:

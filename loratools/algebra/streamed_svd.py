@@ -15,12 +15,13 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from loratools.algebra.once import once
 from loratools.algebra.one_matrix import RandomisedSvd, padded, signed
+from loratools.work.parallel import in_parts
 from loratools.work.scratch import AnonymousFile
 from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import AdapterError
@@ -38,6 +39,8 @@ _SPACE_BYTES = 8 << 20  # that it takes at most, or a quarter of a matrix of 16 
 _FLOOR_OF_SINGLE = 1e-5  # of the largest eigenvalue of XᵀX; float32 shows none that is much smaller
 _HELD_BY_SINGLE = 1e-20, 1e20  # ‖X‖²_F, between which float32 holds X and XᵀX
 
+Result = TypeVar("Result")
+
 
 class RowBlocks(Protocol):
     """A matrix that is read a block of rows at a time, as often as needed."""
@@ -50,11 +53,28 @@ class RowBlocks(Protocol):
     def squared_norm(self) -> float:
         """‖X‖²_F."""
 
-    def blocks(self) -> Iterator[tuple[int, int, Array]]:
-        """Yield (start, stop, rows in float64) in order."""
+    def rows(self, start: int, stop: int) -> Array:
+        """Return rows [start, stop) in float64."""
 
-    def single_blocks(self) -> Iterator[tuple[int, int, Array]]:
-        """Yield (start, stop, rows in float32) in order."""
+    def single_rows(self, start: int, stop: int) -> Array:
+        """Return rows [start, stop) in float32."""
+
+
+def over_rows(
+    function: Callable[[int, int, Array], Result], source: RowBlocks, *, single: bool = False
+) -> Iterator[Result]:
+    """Yield function(start, stop, rows) for each block of rows, in order.
+
+    It runs in several threads where some are idle, and what it returns must not be the rows, whose
+    memory may be used again.
+
+    Args:
+        function: what to do.
+        source: where the rows come from.
+        single: read them in float32.
+    """
+    read = source.single_rows if single else source.rows
+    return in_parts(lambda span: function(*span, read(*span)), [*row_spans(source.shape)])
 
 
 class RowStore:
@@ -71,25 +91,26 @@ class RowStore:
         self.squared_norm = 0.0
         self._height = 0
 
-    def append(self, rows: Array) -> None:
-        """Add rows below those already there, rounded to float32."""
-        stored = np.ascontiguousarray(rows, dtype=np.float32)
-        offset = 4 * self.shape[1] * self._height
-        self._file.write_at(offset, stored.view(np.uint8).reshape(-1).data)
-        self.squared_norm += float(np.sum(stored.astype(np.float64) ** 2))
+    def append(self, rows: Array, squared_norm: float) -> None:
+        """Add rows below those already there.
+
+        Args:
+            rows: (height, n) float32, contiguous.
+            squared_norm: ‖rows‖²_F.
+        """
+        self._file.write_at(4 * self.shape[1] * self._height, rows.view(np.uint8).reshape(-1).data)
+        self.squared_norm += squared_norm
         self._height += len(rows)
 
-    def blocks(self) -> Iterator[tuple[int, int, Array]]:
-        """Yield (start, stop, rows in float64) in order."""
-        for start, stop, rows in self.single_blocks():
-            yield start, stop, rows.astype(np.float64)
+    def rows(self, start: int, stop: int) -> Array:
+        """Return rows [start, stop) in float64."""
+        return self.single_rows(start, stop).astype(np.float64)
 
-    def single_blocks(self) -> Iterator[tuple[int, int, Array]]:
-        """Yield (start, stop, rows in float32, not to be changed) in order."""
+    def single_rows(self, start: int, stop: int) -> Array:
+        """Return rows [start, stop) in float32, not to be changed."""
         width = 4 * self.shape[1]
-        for start, stop in row_spans((self._height, self.shape[1])):
-            data = self._file.read_at(start * width, (stop - start) * width)
-            yield start, stop, np.frombuffer(data, np.float32).reshape(stop - start, -1)
+        data = self._file.read_at(start * width, (stop - start) * width)
+        return np.frombuffer(data, np.float32).reshape(stop - start, -1)
 
 
 class RowSource:
@@ -105,21 +126,19 @@ class RowSource:
 
     def __init__(self, shape: tuple[int, int], rows: Callable[[int, int], Array]) -> None:
         self.shape = shape
-        self._rows = rows
+        self.rows = rows
         with np.errstate(over="ignore", invalid="ignore"):
-            self.squared_norm = sum(float(np.vdot(block, block)) for _, _, block in self.blocks())
+            self.squared_norm = sum(over_rows(lambda *block: _squared(block[2]), self), 0.0)
         if not math.isfinite(self.squared_norm):
             raise AdapterError("the weight change overflows", hint="Is its scale right?")
 
-    def blocks(self) -> Iterator[tuple[int, int, Array]]:
-        """Yield (start, stop, rows in float64) in order."""
-        for start, stop in row_spans(self.shape):
-            yield start, stop, self._rows(start, stop)
+    def single_rows(self, start: int, stop: int) -> Array:
+        """Return rows [start, stop) in float32."""
+        return self.rows(start, stop).astype(np.float32)
 
-    def single_blocks(self) -> Iterator[tuple[int, int, Array]]:
-        """Yield (start, stop, rows in float32) in order."""
-        for start, stop, block in self.blocks():
-            yield start, stop, block.astype(np.float32)
+
+def _squared(values: Array) -> float:
+    return float(np.vdot(values, values))
 
 
 def row_spans(shape: tuple[int, int], most: int = 1 << 19) -> Iterator[tuple[int, int]]:
@@ -170,8 +189,8 @@ def streamed_svd(
         return _exact(source)
     basis = _Search(source, min(padded_width(width), *source.shape), seed).basis(power_iterations)
     product = np.empty((rows, basis.shape[1]))
-    for start, stop, block in source.blocks():
-        np.matmul(block, basis, out=product[start:stop])
+    for _ in over_rows(lambda i, j, rows: np.matmul(rows, basis, out=product[i:j]), source):
+        pass
     u, s, inner = np.linalg.svd(product, full_matrices=False)
     return StreamedSvd(u[:, :width], s[:width], inner[:width] @ basis.T, source.squared_norm)
 
@@ -293,8 +312,13 @@ class _Search:
         wide = np.float32 if self._single else np.float64
         narrow = np.ascontiguousarray(basis, dtype=wide)
         total = np.zeros(basis.shape)
-        for _, _, block in self._source.single_blocks() if self._single else self._source.blocks():
-            total += block.T @ (block @ narrow)
+
+        def image(_: int, __: int, rows: Array) -> Array:
+            result: Array = rows.T @ (rows @ narrow)
+            return result
+
+        for part in over_rows(image, self._source, single=self._single):
+            total += part
         return total.astype(wide)
 
 
@@ -312,24 +336,27 @@ def _exact(source: RowBlocks) -> StreamedSvd:
     """Reduce the long side by QR of blocks, then decompose the small matrix."""
     rows, columns = source.shape
     if rows <= columns:
-        whole = np.concatenate([block for _, _, block in source.blocks()])
+        whole = np.concatenate([*over_rows(lambda _, __, rows: rows.copy(), source)])
         q, r = np.linalg.qr(whole.T)
         u, s, vt = np.linalg.svd(r.T, full_matrices=False)
         return StreamedSvd(u, s, vt @ q.T, source.squared_norm)
     gathered = np.empty((0, columns))
-    for _, _, block in source.blocks():
+    for block in over_rows(lambda _, __, rows: rows.copy(), source):
         gathered = np.asarray(np.linalg.qr(np.concatenate([gathered, block]), mode="r"))
     _, s, vt = np.linalg.svd(gathered, full_matrices=False)
     inverse = np.where(s > 1e-12 * max(s[0], 1e-300), 1.0 / np.maximum(s, 1e-300), 0.0)
-    u = np.concatenate([block @ (vt.T * inverse) for _, _, block in source.blocks()])
+    to_u = vt.T * inverse
+    u = np.concatenate([*over_rows(lambda _, __, rows: rows @ to_u, source)])
     return StreamedSvd(u, s, vt, source.squared_norm)
 
 
 def squared_residual(source: RowBlocks, b: Array, a: Array) -> float:
     """Return ‖X − b @ a‖²_F, summed block by block."""
-    return sum(
-        float(np.sum((block - b[start:stop] @ a) ** 2)) for start, stop, block in source.blocks()
-    )
+
+    def squared(start: int, stop: int, rows: Array) -> float:
+        return float(np.sum((rows - b[start:stop] @ a) ** 2))
+
+    return sum(over_rows(squared, source), 0.0)
 
 
 class StreamedMatrix:
@@ -371,4 +398,5 @@ class StreamedMatrix:
 
     def blocks(self) -> Iterator[tuple[int, int, Array]]:
         """Yield (start, stop, rows in float64) in order."""
-        return self._source.blocks()
+        for start, stop in row_spans(self._source.shape):
+            yield start, stop, self._source.rows(start, stop)

@@ -16,6 +16,7 @@ import numpy as np
 from loratools.algebra.thin import Thin
 from loratools_formats.core.dtypes import Array
 
+_Z = 1.959963984540054  # of an interval of 95 %
 _DENSITY = 0.2
 """Share of entries that TIES keeps, as in arXiv 2306.01708."""
 
@@ -114,8 +115,8 @@ def _entries(stack: Sequence[Thin], places: Array) -> Array:
     return values
 
 
-def _wilson(count: int, total: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    share = count / total
+def _wilson(count: int, total: int) -> tuple[float, float]:
+    share, z = count / total, _Z
     middle = (share + z * z / (2 * total)) / (1 + z * z / total)
     half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2)
     return max(middle - half, 0.0), min(middle + half, 1.0)

@@ -22,6 +22,8 @@ from loratools.face.info import InfoResult, info
 from loratools.operations.info import AdapterInfo, counted
 from loratools.work.collection import adapters_in
 from loratools.work.requests import Reading, Reporting
+from loratools_formats.containers.gguf.container import is_gguf
+from loratools_formats.containers.gguf.splits import read_model
 from loratools_formats.contract.path_kinds import is_base
 from loratools_formats.contract.registry import is_recognised
 from loratools_formats.disk.errors import LoratoolsError, OptionError, printable
@@ -53,7 +55,9 @@ def command(adapters: tuple[Path, ...], reading: Reading, reporting: Reporting) 
     if not adapters:
         raise OptionError("no adapter given", expected="ADAPTER...")
     alone = adapters[0] if len(adapters) == 1 and reading.from_ is None else None
-    if alone is not None and is_base(alone) and not is_recognised(alone):
+    if alone is not None and (
+        _is_gguf_model(alone) or (is_base(alone) and not is_recognised(alone))
+    ):
         return _show_base(alone, reporting)
     found = adapters_in(adapters)
     if found == list(adapters) and len(found) == 1:
@@ -61,6 +65,16 @@ def command(adapters: tuple[Path, ...], reading: Reading, reporting: Reporting) 
         report(result, lambda one: _show(one, reporting), reporting)
         return 0
     return _show_many(found, reading, reporting)
+
+
+def _is_gguf_model(path: Path) -> bool:
+    """Return whether a file is a GGUF model that has weights, and no adapter."""
+    if not is_gguf(path):
+        return False
+    try:
+        return bool(read_model(path).tensors)
+    except LoratoolsError:  # `info` of an adapter says what is wrong
+        return False
 
 
 def _show_base(path: Path, reporting: Reporting) -> int:

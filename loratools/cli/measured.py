@@ -12,17 +12,18 @@ from loratools.cli.output import say
 from loratools_formats.disk.errors import printable
 
 _BARS = "▁▂▃▄▅▆▇█"
+_WIDTH = 16
 _FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
 _DECADES = 3.0  # below the largest value of all
 
 
-def sparkline(values: Sequence[float], largest: float, width: int = 16) -> str:
+def sparkline(values: Sequence[float], largest: float) -> str:
     """Return descending values as bars on a logarithmic scale of three decades below `largest`.
 
     >>> sparkline([1.0, 0.1, 0.01, 0.0], 1.0)
     '█▆▃▁'
     """
-    count = min(width, len(values))
+    count = min(_WIDTH, len(values))
     shown = [values[round(i * (len(values) - 1) / max(count - 1, 1))] for i in range(count)]
     return "".join(_bar(value, largest) for value in shown)
 

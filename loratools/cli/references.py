@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from loratools.hub.references import path_of
 from loratools_formats.disk.errors import OptionError
-
-if TYPE_CHECKING:
-    from loratools.operations.fuse.draft import FuseInput
 
 
 def weighted_path(text: str) -> tuple[Path, float]:
@@ -35,16 +31,3 @@ def weighted_path(text: str) -> tuple[Path, float]:
     if not math.isfinite(value):
         raise OptionError("not a finite weight", got=weight)
     return path_of(path), value
-
-
-def fuse_input(text: str, format_name: str | None) -> FuseInput:
-    """Read the adapter that PATH or PATH:WEIGHT names.
-
-    Raises:
-        LoratoolsError: not a weight, or not an adapter.
-    """
-    from loratools.operations.fuse.draft import FuseInput
-    from loratools_formats import read_adapter
-
-    path, weight = weighted_path(text)
-    return FuseInput(read_adapter(path, format_name), weight, path.name or str(path))

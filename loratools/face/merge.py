@@ -34,9 +34,9 @@ from loratools.operations.merge.recipe import (
     Recipe,
     RecipeAdapter,
     load_recipe,
-    recipe_text,
     with_local_paths,
 )
+from loratools.operations.merge.recipe_text import recipe_text
 from loratools.operations.merge.result import MergeModuleReport
 from loratools.operations.reported import written_nbytes
 from loratools.work.call import call_of, running

@@ -12,13 +12,20 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from loratools.face.declare import Progress, public
+from loratools.face.push_card import (
+    base_model_of,
+    card_before,
+    card_there,
+    licence_of,
+    picture_of,
+    records_of,
+)
 from loratools.face.ran import Asked
 from loratools.face.result import Reported
-from loratools.hub import client, files, upload
+from loratools.hub import files, upload
 from loratools.hub.card import updated
 from loratools.hub.content import Content, Watched
-from loratools.hub.facts import Subject, card_facts, is_hub_name
-from loratools.hub.front_matter import values_of
+from loratools.hub.facts import Subject, card_facts
 from loratools.hub.options import PushOptions
 from loratools.hub.references import Reference, Wanted, parse_target
 from loratools.operations.check.options import CheckOptions
@@ -34,13 +41,9 @@ from loratools_formats.disk.errors import (
     UnfitError,
     UnknownFormatError,
 )
-from loratools_formats.disk.files import read_small_file
-from loratools_formats.disk.provenance import PROVENANCE_FILE, is_sound, read_statement
 from loratools_formats.disk.temporaries import temporary_folder
 
-_MOST_CARD_BYTES = 1 << 20
 _Published = Annotated[str | os.PathLike[str] | Adapter, Wanted("adapter", beside="all")]
-_LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,27 +256,27 @@ def _prepared(
     inside = target.reference.inside
     made: dict[str, bytes] = {}
     diff = ""
-    records = _records(path)
+    records = records_of(path)
     if not options.no_card:
-        picture = None if adapter is None else _picture(adapter, target.reference.repo, folder)
+        picture = None if adapter is None else picture_of(adapter, target.reference.repo, folder)
         if picture is not None:
             made[files.PICTURE] = picture.read_bytes()
-        before = _card(target, there, found, options)
+        before = card_before(target, there, found, options)
         subject = Subject(
             repo=target.reference.repo,
             inside=inside,
             files=list(found.files),
             adapter=adapter,
             nbytes=sum(place.stat().st_size for place in found.files.values()),
-            base_model=_base_model(adapter, before, records, options),
+            base_model=base_model_of(adapter, before, records, options),
             licence={},
             records=records,
             picture=None if picture is None else files.PICTURE,
         )
-        subject = replace(subject, licence=_licence(subject.base_model, before))
+        subject = replace(subject, licence=licence_of(subject.base_model, before))
         after = updated(before, card_facts(subject))
         made[files.CARD] = after
-        shown = _card_there(target, there) or b""
+        shown = card_there(target, there) or b""
         diff = "".join(
             difflib.unified_diff(
                 shown.decode("utf-8", "replace").splitlines(keepends=True),
@@ -324,90 +327,3 @@ def _published(
         left_out=made.left_out,
         card_diff=made.card_diff,
     )
-
-
-def _card_there(target: upload.Target, there: upload.Remote) -> bytes | None:
-    """Return the card that the repository has; None if it has none."""
-    reference = target.reference
-    name = f"{reference.inside}/{files.CARD}" if reference.inside else files.CARD
-    if name not in there.marks or there.head is None:
-        return None
-    hub = client.library(reference)
-    with client.talking(reference):
-        place = hub.hf_hub_download(reference.repo, name, revision=there.head)
-    return read_small_file(place, _MOST_CARD_BYTES)
-
-
-def _card(
-    target: upload.Target, there: upload.Remote, found: files.Contents, options: PushOptions
-) -> bytes | None:
-    """Return the card to bring up to date: the repository's before the folder's."""
-    if options.card is not None:
-        return read_small_file(options.card, _MOST_CARD_BYTES)
-    here = _card_there(target, there)
-    if here is not None or found.card is None:
-        return here
-    return read_small_file(found.card, _MOST_CARD_BYTES)
-
-
-def _base_model(
-    adapter: Adapter | None,
-    card: bytes | None,
-    records: list[Mapping[str, Any]],
-    options: PushOptions,
-) -> str | None:
-    """Return the base model's name: as it was given, as the card has it, as the adapter has it."""
-    said = options.base_model
-    if said is not None:
-        if not is_hub_name(said):
-            raise OptionError("not the name of a model", got=said, expected="USER/NAME")
-        return said
-    named = values_of(card).get("base_model") if card is not None else None
-    if isinstance(named, str) and named:
-        return named
-    if adapter is not None:
-        return adapter.base_model
-    call = records[-1].get("call", {}) if records else {}
-    base = call.get("arguments", {}).get("base", {})
-    reference = base.get("reference") if isinstance(base, dict) else None
-    return parse_target(reference).repo if isinstance(reference, str) else None
-
-
-def _licence(base: str | None, card: bytes | None) -> dict[str, str]:
-    """Return the base model's licence as its card on the Hub has it; empty if it is not known."""
-    if base is None or not is_hub_name(base):
-        return {}
-    if card is not None and "license" in values_of(card) and b"loratools:begin" not in card:
-        return {}
-    with contextlib.suppress(Exception):
-        with client.talking(Reference("model", base)):
-            data = client.api().model_info(base).card_data
-        values = {} if data is None else data.to_dict()
-        found = {key: values.get(key) for key in _LICENCE_KEYS}
-        return {key: value for key, value in found.items() if isinstance(value, str)}
-    return {}
-
-
-def _records(path: Path) -> list[Mapping[str, Any]]:
-    """Return the predicates that tell how an output was made, the oldest first."""
-    place = path / PROVENANCE_FILE if path.is_dir() else Path(f"{path}.{PROVENANCE_FILE}")
-    found = read_statement(place)
-    return [] if found is None else list(_unfolded(found["predicate"]))
-
-
-def _unfolded(predicate: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    earlier = [each["predicate"] for each in predicate.get("history", []) if is_sound(each)]
-    in_memory = [one for made in predicate.get("steps", {}).values() for one in _unfolded(made)]
-    return [*earlier, *in_memory, predicate]
-
-
-def _picture(adapter: Adapter, name: str, folder: Path) -> Path | None:
-    """Draw the spectrum of an adapter; None if it has none that shows, or nothing can draw.
-
-    Its heading is the repository's name: the path of a folder here is nobody's business.
-    """
-    from loratools.face.spectrum import spectrum
-
-    with contextlib.suppress(LoratoolsError):
-        return replace(spectrum(adapter), source=name).plot(folder / files.PICTURE)
-    return None

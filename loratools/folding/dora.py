@@ -12,6 +12,7 @@ import numpy as np
 
 from loratools.algebra.streamed_svd import row_spans
 from loratools.kinds.declaration import Rows, Weight
+from loratools.work.parallel import in_parts
 from loratools_formats.core.change import Axis
 from loratools_formats.core.dtypes import Array
 from loratools_formats.core.tensors import TensorRef
@@ -59,18 +60,31 @@ class Rescaling:
         else:
             self.gains = _gains(magnitude, _input_norms(weight, delta, kernel))
             self.gains = self.gains.repeat(kernel)[None, :]
-        self.squared_norm = self.squared_low_rank = self.squared_rescaling = 0.0
-        for start, stop in row_spans(weight.shape):
-            base, change = weight.rows(start, stop), delta.rows(start, stop)
-            if axis == "output":
-                norms = np.linalg.norm(base + change, axis=1)
-                self.gains[start:stop, 0] = _gains(magnitude[start:stop], norms)
-            gains = self._gains_of(start, stop)
-            rescaling, low_rank = (gains - 1.0) * base, gains * change
-            self.squared_rescaling += float(np.vdot(rescaling, rescaling))
-            self.squared_low_rank += float(np.vdot(low_rank, low_rank))
-            whole = rescaling + low_rank
-            self.squared_norm += float(np.vdot(whole, whole))
+
+        def measured(span: tuple[int, int]) -> tuple[float, float, float]:
+            return self._measured(*span, magnitude if axis == "output" else None)
+
+        parts = [*in_parts(measured, [*row_spans(weight.shape)])]
+        self.squared_norm, self.squared_low_rank, self.squared_rescaling = (
+            sum(each, 0.0) for each in zip(*parts, strict=True)
+        )
+
+    def _measured(
+        self, start: int, stop: int, magnitude: Array | None
+    ) -> tuple[float, float, float]:
+        """Return the squared norms of rows of the change, of its low rank and of its rescaling.
+
+        Magnitudes of outputs, if given, set the gains of these rows.
+        """
+        base, change = self.weight.rows(start, stop), self.delta.rows(start, stop)
+        if magnitude is not None:
+            norms = np.linalg.norm(base + change, axis=1)
+            self.gains[start:stop, 0] = _gains(magnitude[start:stop], norms)
+        gains = self._gains_of(start, stop)
+        rescaling, low_rank = (gains - 1.0) * base, gains * change
+        whole = rescaling + low_rank
+        squares = [float(np.vdot(values, values)) for values in (whole, low_rank, rescaling)]
+        return squares[0], squares[1], squares[2]
 
     def _gains_of(self, start: int, stop: int) -> Array:
         gains: Array = self.gains if len(self.gains) == 1 else self.gains[start:stop]

@@ -14,13 +14,23 @@ from loratools_formats.core.change import KindDelta
 from loratools_formats.core.dtypes import Array
 
 
-def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
+def drawn_entries(delta: KindDelta, weight: Weight) -> tuple[Array, Array, Array]:
+    """Return `spectrum` and the rows and columns that a seed draws for it, each (n,).
+
+    Raises:
+        AdapterError: it is no vector, or has more numbers than the weight.
+    """
     tensors = Tensors(delta)
     spectrum, (out, in_) = tensors["spectrum"], weight.shape
     if spectrum.ndim != 1 or len(spectrum) > out * in_:
         raise tensors.wrong_shape("spectrum", f"at most {out * in_} numbers")
     places = TorchStream(delta.settings["seed"]).first_of_permutation(out * in_, len(spectrum))
-    row, column = np.divmod(places, in_)
+    return spectrum, *np.divmod(places, in_)
+
+
+def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
+    spectrum, row, column = drawn_entries(delta, weight)
+    out, in_ = weight.shape
     scale = delta.settings["scale"] / (out * in_)
     # Re Σ s·exp(2πi(pr/out + qc/in)) over the entries (r, c): two real products, no dense F.
     by_column = 2.0 * np.pi * np.outer(column, np.arange(in_) / in_)

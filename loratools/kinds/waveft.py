@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import DeltaForm, Kind, Rows, Tensors, Weight
-from loratools.kinds.numbers.random_stream import TorchStream
+from loratools.kinds.declaration import DeltaForm, Kind, Rows, Weight
+from loratools.kinds.fourierft import drawn_entries
 from loratools.kinds.numbers.wavelets import scaling_filter
 from loratools_formats.core.change import KindDelta
 from loratools_formats.core.dtypes import Array
@@ -39,12 +39,8 @@ def _synthesis(low: Array, side: int) -> tuple[Array, int]:
 
 
 def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
-    tensors = Tensors(delta)
-    spectrum, (out, in_) = tensors["spectrum"], weight.shape
-    if spectrum.ndim != 1 or len(spectrum) > out * in_:
-        raise tensors.wrong_shape("spectrum", f"at most {out * in_} numbers")
-    places = TorchStream(delta.settings["seed"]).first_of_permutation(out * in_, len(spectrum))
-    row, column = np.divmod(places, in_)
+    spectrum, row, column = drawn_entries(delta, weight)
+    out, in_ = weight.shape
     scale = delta.settings["scale"]
     wavelet = delta.settings["wavelet"]
     low = np.ones(1) if wavelet is None else scaling_filter(wavelet)

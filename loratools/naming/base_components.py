@@ -40,7 +40,7 @@ _ROLES_OF = {
     "lora_te_": ("text_encoder",),
     "lora_te1_": ("text_encoder",),
     "lora_te2_": ("text_encoder_2",),
-    "lora_te3_": ("text_encoder_3", "text_encoder_2"),
+    "lora_te3_": ("text_encoder_3", "text_encoder_2", "text_encoder"),  # T5; alone in Chroma
     "lora_te4_": ("text_encoder_4",),
     "transformer_2.": ("transformer_2", DENOISER),
     "prior.": ("prior", DENOISER),
@@ -132,12 +132,11 @@ class BaseComponent:
         return self.prefix + next(iter(found)) if len(found) == 1 else None
 
 
-def components_of(base: Checkpoint, role: str | None = None) -> list[BaseComponent]:
+def components_of(base: Checkpoint) -> list[BaseComponent]:
     """Return the components of a checkpoint; one without prefixes is one that may be any.
 
     Args:
         base: the checkpoint.
-        role: of a checkpoint that holds one component, if it is known.
     """
     found: dict[str, set[str]] = {}
     if base.components:
@@ -155,7 +154,7 @@ def components_of(base: Checkpoint, role: str | None = None) -> list[BaseCompone
             found.setdefault(prefix, set()).update((path, path.rpartition(".")[0]))
     if not found:
         paths = {name for key in base.tensors for name in (key, key.rpartition(".")[0])}
-        return [BaseComponent(role or "", "", frozenset(paths - {""}))]
+        return [BaseComponent("", "", frozenset(paths - {""}))]
     roles = _roles(found)
     return [BaseComponent(roles[p], p, frozenset(paths - {""})) for p, paths in found.items()]
 

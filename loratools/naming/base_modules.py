@@ -25,15 +25,14 @@ class BaseModules:
 
     Args:
         base: the checkpoint.
-        role: the component that it is, if it is one and that is known.
 
     Attributes:
         example: one of its modules.
     """
 
-    def __init__(self, base: Checkpoint, role: str | None = None) -> None:
+    def __init__(self, base: Checkpoint) -> None:
         self._base = base
-        self._components = components_of(base, role)
+        self._components = components_of(base)
         self._tensors = base.tensors
         names = sorted({key.rpartition(".")[0] or key for key in base.tensors})
         self.example = names[0] if names else "none"

@@ -13,7 +13,7 @@ import functools
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 
 from loratools.naming.places import (
@@ -23,6 +23,7 @@ from loratools.naming.places import (
     located,
     module_key,
     names_at,
+    original_spelling,
     schemes_of,
     target_scheme,
     text_name,
@@ -62,8 +63,36 @@ class NamedModules:
         return cls(names, shapes_of(adapter), adapter.metadata, adapter.source, adapter.base_model)
 
     def place(self, name: str, table: Table) -> Place | TextPlace | None:
-        """Return where a module stands in a table, None if nowhere."""
-        return located(self.names[name], table, self.shapes.get(name, _UNKNOWN_SHAPE))
+        """Return where a module stands in a table, None if nowhere.
+
+        Some trainers put diffusers' component before original names: diffusion-pipe before those of
+        HunyuanVideo.
+        """
+        full, shape = self.names[name], self.shapes.get(name, _UNKNOWN_SHAPE)
+        place = located(full, table, shape)
+        original = original_spelling(full, table) if place is None else None
+        if original is None:
+            return place
+        place = located(original, table, shape)
+        if not isinstance(place, Place):
+            return place
+        component = full.partition(".")[0]
+        return replace(place, component=component if component in table.components else "")
+
+    def has_foreign_prefixes(self) -> bool:
+        """Return whether a name has diffusers' prefix before what only original namings have."""
+        return any(
+            any(self._is_foreign(name, table) for table in bundled_tables())
+            for name, full in self.names.items()
+            if not any(is_located(full, table) for table in bundled_tables())
+        )
+
+    def _is_foreign(self, name: str, table: Table) -> bool:
+        return self._is_placed(name, table) and not is_located(self.names[name], table)
+
+    def has_own_prefixes(self, table: Table) -> bool:
+        """Return whether no name has diffusers' prefix before what is original in a table."""
+        return not any(self._is_foreign(name, table) for name in self.names)
 
     def is_in(self, table: Table) -> bool:
         """Return whether a table has every module, and tells which it is."""
@@ -134,6 +163,8 @@ def chosen_tables(
     fitting = [table for table in stated if all(file.is_in(table) for file in files)]
     if not fitting and text is not None:
         raise _of_another_table(files, stated, text)
+    own = [table for table in fitting if all(file.has_own_prefixes(table) for file in files)]
+    fitting = own or fitting
     # To diffusers' names every table of diffusers' leads alike.
     decided = text is not None or all(target_scheme(target, t) == "diffusers" for t in fitting)
     others = [] if decided else [t for t in architectures_without_a_table() if _may_be(files, t)]

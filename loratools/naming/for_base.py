@@ -33,13 +33,12 @@ _WAYS: tuple[Naming, ...] = ("comfyui", "diffusers")
 _WEIGHT = ".weight"
 
 
-def named_for_base(adapter: Adapter, base: Checkpoint, role: str | None = None) -> Adapter:
+def named_for_base(adapter: Adapter, base: Checkpoint) -> Adapter:
     """Return the adapter with its modules named as the base's are; others than single files stay.
 
     Args:
         adapter: of any format.
         base: a checkpoint of one component, or of several.
-        role: the component that the checkpoint is, if it is one and that is known.
 
     Raises:
         AdapterError: no way leads to names that the base has for all of its modules.
@@ -47,7 +46,7 @@ def named_for_base(adapter: Adapter, base: Checkpoint, role: str | None = None) 
     """
     if get_format(adapter.format).naming is None:
         return adapter
-    modules = BaseModules(base, role)
+    modules = BaseModules(base)
     found = modules.found(adapter)
     missing = [name for name in all_names(adapter) if name not in found]
     if not missing:

@@ -68,6 +68,22 @@ def schemes_of(key: Key) -> tuple[Scheme, ...]:
     return ("original", "trained", "diffusers")
 
 
+def original_spelling(name: str, table: Table) -> str | None:
+    """Return a name of diffusers' prefix with that of original names; None if it has another.
+
+    >>> from loratools.naming.tables import find_table
+    >>> original_spelling("transformer.double_blocks.0.img_attn_qkv", find_table("hunyuan_video"))
+    'diffusion_model.double_blocks.0.img_attn_qkv'
+    """
+    key = module_key(name)
+    if key is None or table.unmixed or schemes_of(key) != ("diffusers",):
+        return None
+    if key.flat:
+        return f"lora_unet_{key.path}" if table.component == "transformer" else None
+    is_own = key.prefix.partition(".")[0] in table.components
+    return f"diffusion_model.{key.path}" if is_own else None
+
+
 def located(name: str, table: Table, shape: Shape = (None, None)) -> Place | TextPlace | None:
     """Return where a module's name stands in a table or its text encoders, None if nowhere.
 

@@ -34,6 +34,7 @@ from loratools_formats.core.adapter import Adapter, Addition, Replacement
 from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.single_file_keys import COMPONENTS, Naming
+from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import (
     AdapterError,
     LoratoolsError,
@@ -41,6 +42,7 @@ from loratools_formats.disk.errors import (
     UnsupportedError,
 )
 
+_SHAPE = ".reshape_weight"
 _DENOISERS = {"transformer.", "unet."}
 
 
@@ -161,7 +163,7 @@ def _in_own_class(
 
     Names stay where no table is certain.
     """
-    if target in ("kohya", "comfyui"):
+    if target in ("kohya", "comfyui") or file.has_foreign_prefixes():
         try:
             if options.table is not None:
                 tables = [given_table(file, options.table)]
@@ -338,8 +340,21 @@ def _finished(
         modules=dict(sorted(modules.items())),
         additions=dict(sorted(additions.items())),
         replacements=_of_original(adapter) if target == "comfyui" else adapter.replacements,
+        carried={
+            key: tensor
+            for key, tensor in adapter.carried.items()
+            if key.removesuffix(_SHAPE) in there or not _states_own_shape(key, tensor, adapter)
+        },
         metadata=metadata,
     )
+
+
+def _states_own_shape(key: str, tensor: TensorRef, adapter: Adapter) -> bool:
+    """Return whether a tensor states the shape of a module's weight that its factors show, too."""
+    change = adapter.modules.get(key.removesuffix(_SHAPE)) if key.endswith(_SHAPE) else None
+    if change is None or tensor.numel != 2:
+        return False
+    return tuple(tensor.load().reshape(-1).tolist()) == change.shape
 
 
 def _naming(target: Target) -> Naming | Literal["bare"]:

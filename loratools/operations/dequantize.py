@@ -27,20 +27,15 @@ from loratools.base.dequantised import (
 )
 from loratools.base.fourbit.encode import QuantisationLoss
 from loratools.lowrank.resize import OutputDtype
-from loratools.operations.reported import report
+from loratools.operations.rewrite import write_rewritten
 from loratools.work.buffers import Buffers
 from loratools.work.declared import option
-from loratools.work.parallel import Workers, in_order, one_blas_thread, usable_cores
-from loratools.work.provenance import operation_record, record_metadata
+from loratools.work.parallel import Workers, in_order, usable_cores
+from loratools.work.provenance import operation_record
 from loratools.work.requests import Sharding
 from loratools.work.spellings import dtype as dtype_name
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.checkpoints.checkpoint_write import (
-    NewCheckpoint,
-    grouped,
-    recorded,
-    write_checkpoint,
-)
+from loratools_formats.checkpoints.checkpoint_write import grouped
 from loratools_formats.checkpoints.quantization import stated_of
 from loratools_formats.checkpoints.shard_plan import Blank, Made, NewTensor, Sink
 from loratools_formats.core.dtypes import DTYPES, DType
@@ -151,34 +146,24 @@ def dequantize(
             pass
     else:
         record = operation_record("dequantize", {}, {"dtype": dtype}, base)
-
-        def provenance() -> Mapping[str, Any]:
-            done = _result(view, base, list(jobs.values()), ())
-            told = report(done.relative_error, done.bytes_out, done.bytes_in)
-            return {**record, "report": told}
-
-        new = NewCheckpoint(
+        shards = grouped(
             base,
-            recorded(
-                grouped(
-                    base,
-                    parts,
-                    max_shard_bytes=max_shard_bytes,
-                    metadata=dequantised_metadata(view),
-                    places=view.places,
-                ),
-                record_metadata(record),
-            ),
-            dequantised_config(base.config, str(stored.torch)) if base.config else None,
-            provenance,
+            parts,
+            max_shard_bytes=max_shard_bytes,
+            metadata=dequantised_metadata(view),
+            places=view.places,
         )
-        with one_blas_thread():  # the sums of errors; threads go over weights
-            left_out = write_checkpoint(
-                new, output, overwrite=overwrite, workers=workers, progress=progress
-            )
-        if left_out:
-            message = f"not carried over: {', '.join(left_out)}"
-            findings.append(Finding("files-left-out", "note", None, message))
+        findings += write_rewritten(
+            base,
+            shards,
+            dequantised_config(base.config, str(stored.torch)) if base.config else None,
+            record,
+            lambda: _result(view, base, list(jobs.values()), ()),
+            output,
+            overwrite=overwrite,
+            workers=workers,
+            progress=progress,
+        )
     return _result(view, base, list(jobs.values()), findings)
 
 

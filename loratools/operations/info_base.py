@@ -7,8 +7,9 @@ wants to know before anything else.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,8 @@ from loratools.base.dequantised import DequantisedCheckpoint, as_stored, dequant
 from loratools.work.json_object import named
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.quantization import format_found, stated_of
-from loratools_formats.core.tensors import TensorRef
+from loratools_formats.containers.gguf.ggml_types import GgmlType
+from loratools_formats.containers.gguf.splits import GgufModel
 from loratools_formats.disk.errors import UnsupportedError
 
 
@@ -89,7 +91,7 @@ def describe_base(base: Checkpoint) -> BaseInfo:
         model=_model(base.config),
         quant_method=None if method is None else str(method),
         quantised=_quantised(view.weights.values()),
-        left_out=_left_out(view, plain),
+        left_out=_left_out(view.weights, {key: t.shape for key, t in plain.items()}),
         problem=problem,
         dtypes=dict(sorted(Counter(tensor.dtype.code for tensor in plain.values()).items())),
         tensors=len(base.tensors),
@@ -132,14 +134,47 @@ def _quantised(weights: Iterable[CodedWeight]) -> tuple[QuantisedInfo, ...]:
     )
 
 
-def _left_out(view: DequantisedCheckpoint, plain: Mapping[str, TensorRef]) -> tuple[str, ...]:
+def describe_gguf(base: GgufModel) -> BaseInfo:
+    """Return what a GGUF model is; a type of its tensors is a format of its own."""
+    coded = {key: tensor for key, tensor in base.tensors.items() if tensor.kind.block > 1}
+    plain = {key: tensor for key, tensor in base.tensors.items() if key not in coded}
+    sizes = {key: math.prod(tensor.shape) for key, tensor in base.tensors.items()}
+    by_kind: dict[GgmlType, list[str]] = {}
+    for key, tensor in coded.items():
+        by_kind.setdefault(tensor.kind, []).append(key)
+    name = base.get("general.architecture", "string")
+    return BaseInfo(
+        model=None if name is None else str(name),
+        quant_method="gguf" if coded else None,
+        quantised=tuple(
+            QuantisedInfo(
+                format=kind.name,
+                bits=int("".join(re.findall(r"\d", kind.name.partition("_")[0]))),
+                group=kind.block,
+                weights=len(keys),
+                parameters=sum(sizes[key] for key in keys),
+                nbytes=sum(kind.nbytes(coded[key].shape) for key in keys),
+            )
+            for kind, keys in by_kind.items()
+        ),
+        left_out=_left_out(coded, {key: tensor.shape for key, tensor in plain.items()}),
+        problem=None,
+        dtypes=dict(sorted(Counter(tensor.kind.name for tensor in plain.values()).items())),
+        tensors=len(base.tensors),
+        parameters=sum(sizes.values()),
+        nbytes=sum(tensor.kind.nbytes(tensor.shape) for tensor in base.tensors.values()),
+        files=len(base.parts),
+    )
+
+
+def _left_out(coded: Collection[str], plain: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
     """Return the modules with plain matrices, the numbers in their paths as `*`, each once."""
-    if not view.weights:
+    if not coded:
         return ()
     modules = [
         key.removesuffix(".weight")
-        for key, tensor in plain.items()
-        if len(tensor.shape) > 1 and key.endswith(".weight")
+        for key, shape in plain.items()
+        if len(shape) > 1 and key.endswith(".weight")
     ]
     return tuple(dict.fromkeys(_general(module) for module in modules))
 

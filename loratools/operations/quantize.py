@@ -29,10 +29,10 @@ from loratools.base.dequantised import (
 from loratools.base.fourbit.encode import FourBitOptions, QuantisationLoss
 from loratools.base.fourbit.store import blanks, fill
 from loratools.base.linears import Kept, Linears, linear_weights
-from loratools.operations.reported import report
+from loratools.operations.rewrite import write_rewritten
 from loratools.work.declared import option
-from loratools.work.parallel import in_order, one_blas_thread, usable_cores
-from loratools.work.provenance import operation_record, record_metadata
+from loratools.work.parallel import in_order, usable_cores
+from loratools.work.provenance import operation_record
 from loratools.work.regexes import check_regex
 from loratools.work.requests import Sharding
 from loratools_formats.checkpoints.bitsandbytes import (
@@ -41,12 +41,7 @@ from loratools_formats.checkpoints.bitsandbytes import (
     torch_name,
 )
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.checkpoints.checkpoint_write import (
-    NewCheckpoint,
-    grouped,
-    recorded,
-    write_checkpoint,
-)
+from loratools_formats.checkpoints.checkpoint_write import grouped
 from loratools_formats.checkpoints.facts import is_conv1d
 from loratools_formats.checkpoints.quantization import stated_of
 from loratools_formats.checkpoints.shard_plan import Made, NewTensor, Sink
@@ -191,34 +186,24 @@ def quantize(
             pass
     else:
         record = operation_record("quantize", {}, chosen.record(), base)
-
-        def provenance() -> Mapping[str, Any]:
-            done = _result(base, list(jobs.values()), linears, ())
-            told = report(done.relative_error, done.bytes_out, done.bytes_in)
-            return {**record, "report": told}
-
-        new = NewCheckpoint(
+        shards = grouped(
             base,
-            recorded(
-                grouped(
-                    base,
-                    parts,
-                    max_shard_bytes=chosen.max_shard_bytes,
-                    metadata={**metadata, "format": "pt"},
-                    places={} if already else places,
-                ),
-                record_metadata(record),
-            ),
-            _config(base, linears, chosen.four_bit),
-            provenance,
+            parts,
+            max_shard_bytes=chosen.max_shard_bytes,
+            metadata={**metadata, "format": "pt"},
+            places={} if already else places,
         )
-        with one_blas_thread():  # the sums of errors; threads go over weights
-            left_out = write_checkpoint(
-                new, output, overwrite=overwrite, workers=workers, progress=progress
-            )
-        if left_out:
-            message = f"not carried over: {', '.join(left_out)}"
-            findings.append(Finding("files-left-out", "note", None, message))
+        findings += write_rewritten(
+            base,
+            shards,
+            _config(base, linears, chosen.four_bit),
+            record,
+            lambda: _result(base, list(jobs.values()), linears, ()),
+            output,
+            overwrite=overwrite,
+            workers=workers,
+            progress=progress,
+        )
     return _result(base, list(jobs.values()), linears, findings)
 
 

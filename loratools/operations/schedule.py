@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loratools.algebra.ranks import RankRule, as_options
-from loratools.work.declared import build
+from loratools.algebra.ranks import RankRule
+from loratools.work.call import as_value
+from loratools.work.typed import converted, hints
 from loratools_formats.disk.errors import OptionError
 
 LEAST_STEPS = 200
@@ -43,21 +44,21 @@ class SqueezeSchedule:
     steps: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ranks", tuple(self.ranks))
-        object.__setattr__(self, "steps", tuple(self.steps))
-        if len(self.ranks) != len(self.steps) or not self.ranks:
-            raise OptionError(
-                "a schedule has one rank and one number of steps for each stage",
-                got=f"{len(self.ranks)} ranks, {len(self.steps)} numbers of steps",
-            )
-        numbers = [rank for rank in self.ranks if not isinstance(rank, RankRule)]
-        if not all(type(number) is int and number > 0 for number in [*numbers, *self.steps]):
-            raise OptionError("ranks and steps are whole numbers above 0", got=repr(self))
-        if any(after >= before for before, after in itertools.pairwise(numbers)):
-            raise OptionError("the ranks of a schedule fall", got=", ".join(map(str, numbers)))
-        for rank in self.ranks:
-            if isinstance(rank, RankRule) and not rank.is_given:
-                raise OptionError("a rule of the schedule chooses no rank", got=repr(rank))
+        for name, hint in hints(SqueezeSchedule).items():
+            object.__setattr__(self, name, converted(name, getattr(self, name), hint))
+        numbers = [rank for rank in self.ranks if isinstance(rank, int)]
+        rules = [rank for rank in self.ranks if isinstance(rank, RankRule)]
+        problems = {
+            "a schedule has one rank and one number of steps for each stage": (
+                not len(self.ranks) == len(self.steps) > 0
+            ),
+            "ranks and steps are above 0": any(number < 1 for number in (*numbers, *self.steps)),
+            "the ranks of a schedule fall": any(a <= b for a, b in itertools.pairwise(numbers)),
+            "a rule of the schedule chooses no rank": any(not rule.is_given for rule in rules),
+        }
+        for problem, applies in problems.items():
+            if applies:
+                raise OptionError(problem, got=repr(self))
 
     @property
     def start(self) -> int | None:
@@ -96,16 +97,10 @@ class SqueezeSchedule:
         Raises:
             OptionError: fewer steps than stages.
         """
-        if steps < len(ranks):
-            raise OptionError(
-                f"too few steps for {len(ranks)} stages",
-                got=steps,
-                expected=f"at least {len(ranks)}",
-                hint="Give more `steps`, or fewer `stages`",
-            )
+        _check_steps(steps, len(ranks), 1)
         share, rest = divmod(steps, max(len(ranks), 1))
-        given = tuple(share + (place >= len(ranks) - rest) for place in range(len(ranks)))
-        return cls(tuple(ranks), given)
+        given = (share + (place >= len(ranks) - rest) for place in range(len(ranks)))
+        return cls(tuple(ranks), tuple(given))
 
     @classmethod
     def by_rank(
@@ -121,26 +116,13 @@ class SqueezeSchedule:
         Raises:
             OptionError: too few steps for that.
         """
-        if steps < least_steps * len(ranks):
-            raise OptionError(
-                f"too few steps for {len(ranks)} stages of at least {least_steps}",
-                got=steps,
-                expected=f"at least {least_steps * len(ranks)}",
-                hint="Give a lower `least_steps`, or fewer `stages`",
-            )
-        given: dict[int, int] = {}
-        while True:  # stages whose share is too small get the least, and the others share the rest
-            others = [place for place in range(len(ranks)) if place not in given]
-            left, weight = steps - sum(given.values()), sum(ranks[place] for place in others)
-            small = [place for place in others if left * ranks[place] < least_steps * weight]
-            given |= dict.fromkeys(small, least_steps)
-            if not small:
-                break
-        shares = {place: left * ranks[place] // weight for place in others}
-        rest = left - sum(shares.values())
-        by_fraction = sorted(others, key=lambda place: (-(left * ranks[place] % weight), place))
-        given |= {place: shares[place] + (place in by_fraction[:rest]) for place in others}
-        return cls(tuple(ranks), tuple(given[place] for place in range(len(ranks))))
+        _check_steps(steps, len(ranks), least_steps)
+        given: list[int] = []
+        left, weight = steps, sum(ranks)
+        for rank in reversed(ranks):  # the lowest first, since their shares may be too small
+            given.insert(0, max(least_steps, round(left * rank / weight)))
+            left, weight = left - given[0], weight - rank
+        return cls(tuple(ranks), tuple(given))
 
     @classmethod
     def geometric(
@@ -175,16 +157,27 @@ class SqueezeSchedule:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON values."""
-        ranks = [
-            rank if isinstance(rank, int) else {"rule": as_values(rank)} for rank in self.ranks
-        ]
-        return {"ranks": ranks, "steps": list(self.steps)}
+        return dict(as_value(self))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SqueezeSchedule:
-        """Return the schedule that `to_dict` described."""
-        ranks = [rank if isinstance(rank, int) else _rule(rank["rule"]) for rank in values["ranks"]]
-        return cls(tuple(ranks), tuple(values["steps"]))
+        """Return the schedule that `to_dict` described.
+
+        Raises:
+            OptionError: the values describe none.
+        """
+        made: SqueezeSchedule = converted("schedule", values, cls)
+        return made
+
+
+def _check_steps(steps: int, stages: int, least: int) -> None:
+    if steps < least * stages:
+        raise OptionError(
+            f"too few steps for {stages} stages of at least {least}",
+            got=steps,
+            expected=f"at least {least * stages}",
+            hint="Give more `steps`, fewer `stages` or a lower `least_steps`",
+        )
 
 
 def geometric_ranks(start: int, target: int, stages: int | None = None) -> tuple[int, ...]:
@@ -211,21 +204,3 @@ def geometric_ranks(start: int, target: int, stages: int | None = None) -> tuple
     for place in range(stages - 1, 0, -1):
         ranks[place] = max(ranks[place], target + last - place)
     return tuple(ranks)
-
-
-def as_values(rule: RankRule) -> dict[str, Any]:
-    """Return a rule as JSON values from which the same rule can be made."""
-    values = dict(as_options(rule))
-    if rule.budget is not None:
-        share, nbytes = rule.budget.share, rule.budget.nbytes
-        values["budget"] = str(nbytes) if share is None else f"{share * 100!r}%"
-    return values
-
-
-def _rule(values: Mapping[str, Any]) -> RankRule:
-    renamed = {"patterns": "rank_pattern", "serve": "serve_ranks"}
-    given = {renamed.get(name, name): value for name, value in values.items()}
-    if "rank_pattern" in given:
-        given["rank_pattern"] = [f"{pattern}={rank}" for pattern, rank in given["rank_pattern"]]
-    rule: RankRule = build(RankRule, given)
-    return rule

@@ -67,7 +67,6 @@ class SqueezeCallback(TrainerCallback):
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let layers take the ranks of a checkpoint that is about to be loaded."""
-        del args, state, control
         live = LiveAdapter.of(kwargs["model"]).check()
         if self._fitted is not live.model:
             self._fitted = live.model
@@ -77,56 +76,49 @@ class SqueezeCallback(TrainerCallback):
         self._loaded = True
         live = LiveAdapter.of(model, adapter)
         names = {parameter: prefix + name for name, parameter in model.named_parameters()}
-        settings: dict[str, tuple[int, float]] = {}
+        alphas: dict[str, float] = {}
         for each in live.layers.values():
-            rank = len(tensors.get(names[each.a], each.a))
-            if rank != each.rank:
-                settings[each.name] = rank, each.alpha_at(rank, self.alpha)
-        if settings:
-            live.put(settings, {})
+            a, b, rank = each.a, each.b, len(tensors.get(names[each.a], each.a))
+            if rank != each.rank:  # zeros, which the checkpoint's tensors replace
+                alphas[each.name] = each.alpha_at(rank, self.alpha)
+                each.put(a.new_zeros(rank, a[0].numel()), b.new_zeros(len(b), rank))
+        if alphas:
+            live.settle(alphas)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check that schedule, model, optimizer and checkpoint belong together."""
-        if self._fitted is None:
-            raise UnsupportedError(
-                "the callback was added to a Trainer that was made before",
-                got="Trainer.add_callback",
-                hint="Make the Trainer with callbacks=[callback]",
-            )
-        self._output, self._loaded = args.output_dir, False
+        is_late, self._output, self._loaded = self._fitted is None, args.output_dir, False
         self.on_init_end(args, state, control, **kwargs)  # the Trainer may have another model now
         live = LiveAdapter.of(kwargs["model"])
-        if args.world_size > 1 and not live.copies:
-            raise UnsupportedError(
-                "a model is squeezed in one process, or in several by DistributedDataParallel",
-                got=f"{args.world_size} processes",
-            )
         start, last = self.schedule.start, sum(self.schedule.steps[:-1])
         highest = max(each.rank for each in live.layers.values())
         made_by = {"schedule": self.schedule.to_dict(), "alpha": self.alpha}
         saved = state.stateful_callbacks.get(_KEY, {"made by": None, "squeezes": []})
         is_fresh = saved["made by"] is None and not self.schedule.stage_after(state.global_step)
-        for problem, applies, got, expected in (
-            ("training ends before the last squeeze",
+        for error, problem, applies, got, expected in (
+            (UnsupportedError, "the callback was added to a Trainer that was made before",
+             is_late, "Trainer.add_callback", "Trainer(..., callbacks=[callback])"),
+            (UnsupportedError, "several processes train the model, and hold no copies of it",
+             args.world_size > 1 and not live.copies, f"{args.world_size} processes",
+             "one process, or DistributedDataParallel"),
+            (OptionError, "training ends before the last squeeze",
              last >= state.max_steps, f"{state.max_steps} steps", f"more than {last}"),
-            ("the checkpoint was trained by another schedule, or without a schedule",
+            (OptionError, "the checkpoint was trained by another schedule, or without a schedule",
              not is_fresh and saved["made by"] != made_by, made_by, saved["made by"]),
-            ("the schedule starts with another rank than the model has",
+            (OptionError, "the schedule starts with another rank than the model has",
              is_fresh and start not in (None, highest), start, highest),
         ):  # fmt: skip
             if applies:
-                raise OptionError(problem, got=got, expected=expected)
+                raise error(problem, got=got, expected=expected)
         trainer_of(live, kwargs.get("optimizer"))  # which refuses what it cannot follow
         if not is_fresh:
             self.squeezes = saved["squeezes"]
         if saved["squeezes"]:  # alphas to the last bit, which one step may round otherwise
-            ranks, alphas = self.squeezes[-1]["ranks"], self.squeezes[-1]["alphas"]
-            live.put({name: (rank, alphas[name]) for name, rank in ranks.items()}, {})
+            live.settle(saved["squeezes"][-1]["alphas"])
         state.stateful_callbacks[_KEY] = {"made by": made_by, "squeezes": self.squeezes}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Squeeze if the schedule says so."""
-        del args
         self._loaded = False
         rule = self.schedule.rule_after(state.global_step)
         if rule is None:
@@ -140,23 +132,20 @@ class SqueezeCallback(TrainerCallback):
         else:
             self.log(done.metrics())
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Add the numbers of a squeeze to what the Trainer logs."""
-        del args, control
         if self._pending and logs is not None and state.log_history:
             logs.update(self._pending)
             state.log_history[-1].update(self._pending)
             self._pending = {}
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the provenance of a checkpoint's adapter."""
-        del control
         if args.should_save:
             self.write_provenance(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget the squeezes that came after the best checkpoint, if that is in the model now."""
-        del control
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best is not None and self._loaded:
             step = int(Path(best).name.rpartition("-")[2])  # the Trainer names it checkpoint-STEP

@@ -20,13 +20,11 @@ from peft.tuners.lora.layer import Embedding, ParamWrapper, _ConvNd
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from loratools_formats.core.change import LowRank, ModuleChange
-from loratools_formats.core.factors import alpha_of
 from loratools_formats.core.peft_patterns import settings_of
 from loratools_formats.core.tensors import of_torch
 from loratools_formats.disk.errors import OptionError, UnsupportedError
 
 AlphaPolicy = Literal["keep-scale", "sqrt"]
-Factors = tuple[torch.Tensor, torch.Tensor]
 _TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _STARTS = (True, False, "gaussian", "orthogonal", "eva")  # the others change the base weights, too
 _VARIANTS = ("Dora", "ALora")  # whose change is scale · b @ a, or has it as its direction
@@ -66,26 +64,19 @@ class LiveLayer:
         """Rank r of the factors."""
         return len(self.a)
 
-    @property
-    def scaling(self) -> float:
-        """The number that multiplies the product of the factors."""
-        return self.scale(self.rank, self.alpha)
+    def scale(self, rank: int, alpha: float) -> float:
+        """Return the scale that PEFT makes of a rank and an alpha."""
+        return alpha / (math.sqrt(rank) if self.module.use_rslora.get(self.adapter) else rank)
 
     def alpha_at(self, rank: int, policy: AlphaPolicy) -> float:
         """Return the alpha for another rank, a whole number if it is one.
 
         With scaling alpha/√r, alpha in proportion to √r also keeps the scale.
         """
-        if rank == self.rank:
-            return self.alpha
-        if policy == "keep-scale" and not self.module.use_rslora.get(self.adapter):
-            return alpha_of(rank, self.alpha / self.rank)
-        found = self.alpha * math.sqrt(rank / self.rank)
+        is_rooted = policy == "sqrt" or self.module.use_rslora.get(self.adapter)
+        root = math.sqrt(rank / self.rank)
+        found = self.alpha * root if is_rooted else self.alpha * rank / self.rank
         return int(found) if found.is_integer() else found
-
-    def scale(self, rank: int, alpha: float) -> float:
-        """Return the scale that PEFT makes of a rank and an alpha."""
-        return alpha / (math.sqrt(rank) if self.module.use_rslora.get(self.adapter) else rank)
 
     def change(self) -> ModuleChange:
         """Return its change; tensors are read from the model when they are asked for."""
@@ -95,7 +86,8 @@ class LiveLayer:
         parts = {"a": a, "b": b, "bias": self.bias, "magnitude": magnitude}
         held = {n: of_torch(f"{self.name}.{n}", p) for n, p in parts.items() if p is not None}
         bias = held.get("bias")
-        factors = LowRank(held["a"], held["b"], self.scaling, bias=bias, alpha=self.alpha)
+        scale = self.scale(self.rank, self.alpha)
+        factors = LowRank(held["a"], held["b"], scale, bias=bias, alpha=self.alpha)
         return ModuleChange(factors, held.get("magnitude"))
 
     def put(self, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -105,15 +97,16 @@ class LiveLayer:
             a: (r, in · kernel).
             b: (out, r).
         """
-        shaped_a = a.reshape(len(a), *self.a.shape[1:])
-        shaped_b = b.reshape(*b.shape, *self.b.shape[2:])
-        for side, old, new in (("A", self.a, shaped_a), ("B", self.b, shaped_b)):
-            made = torch.nn.Parameter(new.to(old.device, old.dtype), old.requires_grad)
-            setattr(*_place(self.module, self.adapter, side), made)
-        if not isinstance(self.module, Embedding):
-            words = "channels" if isinstance(self.module, _ConvNd) else "features"
-            setattr(self.module.lora_A[self.adapter], f"out_{words}", len(a))
-            setattr(self.module.lora_B[self.adapter], f"in_{words}", len(a))
+        module, adapter, rank = self.module, self.adapter, len(a)
+        for side, old, new in (("A", self.a, a), ("B", self.b, b)):
+            shaped = new.reshape(len(new), -1, *old.shape[2:]).to(old.device, old.dtype)
+            made = torch.nn.Parameter(shaped, old.requires_grad)
+            setattr(*_place(module, adapter, side), made)
+        if not isinstance(module, Embedding):
+            words = "channels" if isinstance(module, _ConvNd) else "features"
+            setattr(module.lora_A[adapter], f"out_{words}", rank)
+            setattr(module.lora_B[adapter], f"in_{words}", rank)
+        module.r[adapter] = rank
 
 
 def _place(module: Any, adapter: str, side: str) -> tuple[Any, str]:
@@ -182,9 +175,8 @@ class LiveAdapter:
                 owner = owners.setdefault(factor.untyped_storage().data_ptr(), each.name)
                 reasons += [f"shares a factor with {owner}"] if owner != each.name else []
             if reasons:
-                raise UnsupportedError(
-                    f"the layer {reasons[0]}, so its factors cannot be replaced", tensor=each.name
-                )
+                problem = f"the layer {reasons[0]}, so its factors cannot be replaced"
+                raise UnsupportedError(problem, tensor=each.name)
         return self
 
     @property
@@ -195,30 +187,20 @@ class LiveAdapter:
         found = [each for each in everything if issubclass(type(each), DistributedDataParallel)]
         return [each for each in found if any(module is self.model for module in each.modules())]
 
-    def put(
-        self, settings: Mapping[str, tuple[int, float]], factors: Mapping[str, Factors]
-    ) -> LiveAdapter:
-        """Give layers other ranks and alphas, and return the adapter as it is then.
+    def settle(self, alphas: Mapping[str, float]) -> LiveAdapter:
+        """Let all that states ranks and alphas follow layers, and return the adapter as it is then.
 
         Args:
-            settings: (rank, alpha) by module path, for layers that get others.
-            factors: of those with another rank: A, (r, in · kernel), and B, (out, r). Without, they
-                are zeros, which wait to be loaded.
+            alphas: by module path, for layers that get another.
         """
-        for path, (rank, alpha) in settings.items():
-            layer = self.layers[path]
-            if path in factors:
-                layer.put(*factors[path])
-            elif rank != layer.rank:
-                a, b = layer.a, layer.b
-                layer.put(a.new_zeros(rank, a[0].numel()), b.new_zeros(len(b), rank))
-            module = layer.module
-            module.r[self.name], module.lora_alpha[self.name] = rank, alpha
-            module.scaling[self.name] = layer.scale(rank, alpha)
+        for path, alpha in alphas.items():
+            layer, module = self.layers[path], self.layers[path].module
+            module.lora_alpha[self.name] = alpha
+            module.scaling[self.name] = layer.scale(module.r[self.name], alpha)
         now = LiveAdapter.of(self.model, self.name)
         config: Any = self.model.peft_config[self.name]
-        everything = {path: (each.rank, each.alpha) for path, each in now.layers.items()}
-        for key, value in settings_of(everything).items():
+        settings = {path: (each.rank, each.alpha) for path, each in now.layers.items()}
+        for key, value in settings_of(settings).items():
             setattr(config, key, value)
         if isinstance(config.init_lora_weights, str):  # loading would begin so again, at odd ranks
             config.init_lora_weights = True

@@ -12,24 +12,22 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 
-from loratools.algebra.ranks import RankRule
+from loratools.algebra.ranks import RankRule, as_options
 from loratools.face.declare import public
 from loratools.lowrank.planned import PlannedFactors
 from loratools.lowrank.resize import ComputeOptions
-from loratools.operations.schedule import as_values
 from loratools.operations.squeeze import ModuleReport, squeeze
-from loratools.training.layers import AlphaPolicy, Factors, LiveAdapter, LiveLayer
+from loratools.training.layers import AlphaPolicy, LiveAdapter, LiveLayer
 from loratools.training.transport import carries, carry, trainer_of
 from loratools.work.selection import Selection
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import LowRank
 from loratools_formats.disk.errors import AdapterError, OptionError
 
-T = TypeVar("T")
 _ZERO = 8 * 2.0**-24  # of the largest singular value: what float32 factors cannot tell from zero
 _SLACK = 1e-6  # of the change, besides the rounding of its type
 
@@ -118,20 +116,19 @@ def squeeze_model(
     parts = {name: change.require_factors() for name, change in done.adapter.modules.items()}
     for report in done.modules:
         _check(report, layers[report.name])
-    copies = before.copies
-    ranks = _agreed({name: part.rank for name, part in parts.items()}, copies)
-    factors: dict[str, Factors] = {}
-    fresh: dict[str, torch.Tensor] = {}
-    for name in (name for name, rank in ranks.items() if rank != layers[name].rank):
-        made: list[Any] = [tensor.torch() for tensor in parts[name].tensors()]
-        a, b, *bias = _agreed(made, copies)
-        fresh[name] = _revive(name, a, b, compute.seed)
-        factors[name] = a, b
-        if (own := layers[name].bias) is not None:
-            own.data.copy_(*bias)
-    settings = {name: (ranks[name], layers[name].alpha_at(ranks[name], alpha)) for name in factors}
-    after = before.put(settings, factors)
-    carry(before, after, fresh, trainer)
+    copies, alphas, fresh = before.copies, dict[str, float](), dict[str, torch.Tensor]()
+    for name, layer in layers.items():
+        # Other machines may round otherwise, and copies that train are to stay alike.
+        a, b, *bias = _of_first(parts[name], copies)
+        if len(a) != layer.rank:
+            fresh[name] = _revive(name, a, b, compute.seed)
+            layer.put(a, b)
+            alphas[name] = layer.alpha_at(len(a), alpha)
+            if layer.bias is not None:
+                layer.bias.data.copy_(*bias)
+    after = before.settle(alphas)
+    for name, is_fresh in fresh.items():
+        carry(layers[name], after.layers[name], is_fresh, trainer)
     return SqueezedModel(
         modules=done.modules,
         ranks={name: each.rank for name, each in after.layers.items()},
@@ -141,7 +138,7 @@ def squeeze_model(
         parameters=_parameters(after),
         revived=sum(int(mask.sum()) for mask in fresh.values()),
         optimizer=None if trainer is None else "carried" if carries(trainer) else "reset",
-        record={"rule": as_values(rule), "alpha": alpha, **compute.record(), **selection.record()},
+        record={"rule": as_options(rule), "alpha": alpha, **compute.record(), **selection.record()},
     )
 
 
@@ -153,12 +150,9 @@ def _parameters(live: LiveAdapter) -> int:
     return sum(each.a.numel() + each.b.numel() for each in live.layers.values())
 
 
-def _agreed(value: T, copies: Sequence[object]) -> T:
-    """Return the value of the first of the processes that train copies of a model.
-
-    Other machines may round otherwise, and copies are to stay alike.
-    """
-    held = [value]
+def _of_first(part: LowRank, copies: Sequence[object]) -> list[Any]:
+    """Return factors and bias, in processes that train copies of a model those of the first."""
+    held = [[tensor.torch() for tensor in part.tensors()]]
     if copies:
         torch.distributed.broadcast_object_list(held, src=0)
     return held[0]

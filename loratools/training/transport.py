@@ -12,7 +12,7 @@ X = (s/s') · A·A'⁺, and ΔW' = P·ΔW for the one on the columns of B', so t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,69 +21,53 @@ import torch
 from loratools.training.layers import LiveAdapter, LiveLayer
 from loratools_formats.disk.errors import OptionError
 
+Optimizer = torch.optim.Optimizer
+Move = Callable[[torch.Tensor, int], torch.Tensor]
 _POWERS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
 _KNOWN = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 _NEGLIGIBLE = 1e-13  # of the largest eigenvalue of A'·A'ᵀ
 _INVERSE = partial(torch.linalg.pinv, hermitian=True, rtol=_NEGLIGIBLE)
 
 
-def carry(
-    before: LiveAdapter,
-    after: LiveAdapter,
-    fresh: Mapping[str, torch.Tensor],
-    optimizer: torch.optim.Optimizer | None,
-) -> None:
-    """Carry over what is known of gradients, and let an optimizer train the new factors.
+def carry(old: LiveLayer, now: LiveLayer, fresh: torch.Tensor, optimizer: Optimizer | None) -> None:
+    """Carry over what is known of a layer's gradients, and let an optimizer train its new factors.
 
     Args:
-        before: the adapter as it was.
-        after: the adapter as it is.
-        fresh: (k,) for each layer with new factors, which of their directions are unlike any
-            before: nothing is known of their gradients.
+        old: the layer as it was.
+        now: the layer as it is.
+        fresh: (k,), which of its directions are unlike any before: nothing is known of their
+            gradients.
         optimizer: what trains it.
     """
-    new: dict[torch.Tensor, torch.nn.Parameter] = {}
-    for name, is_fresh in fresh.items():
-        old, now = before.layers[name], after.layers[name]
-        _carry(old, now, is_fresh, optimizer)
-        new |= {old.a: now.a, old.b: now.b}
-    for group in () if optimizer is None else optimizer.param_groups:
-        group["params"] = [new.get(parameter, parameter) for parameter in group["params"]]
-
-
-def _carry(
-    old: LiveLayer, now: LiveLayer, fresh: torch.Tensor, optimizer: torch.optim.Optimizer | None
-) -> None:
     a, b, new_a, new_b = (_matrix(factor) for factor in (old.a, old.b, now.a, now.b))
     new_a = torch.where(fresh.to(new_a.device)[:, None], 0.0, new_a)
     # (s'/s) · Xᵀ and (s'/s) · Yᵀ: both scales cancel.
     left = _INVERSE(new_a @ new_a.T) @ (new_a @ a.T)
     right = (b.T @ new_b) @ _INVERSE(new_b.T @ new_b)
-    ratio = now.scaling / old.scaling
-    _move(old.a, now.a, optimizer, lambda value, power: left**power @ value)
-    _move(old.b, now.b, optimizer, lambda value, power: value @ right**power)
+    ratio = now.scale(now.rank, now.alpha) / old.scale(old.rank, old.alpha)
+    moves: list[tuple[torch.nn.Parameter, torch.nn.Parameter, Move]] = [
+        (old.a, now.a, lambda value, power: left**power @ value),
+        (old.b, now.b, lambda value, power: value @ right**power),
+    ]
     if old.bias is not None and now.bias is not None:
-        _move(old.bias, now.bias, optimizer, lambda value, power: value * ratio**power)
+        moves.append((old.bias, now.bias, lambda value, power: value * ratio**power))
+    states = {} if optimizer is None else optimizer.state
+    for was, new, move in moves:
+        if was.grad is not None:
+            new.grad = _moved(was.grad, move, 1, new)
+        state = states.pop(was, {})
+        if state and carries(optimizer):
+            moving = {key: power for key, power in _POWERS.items() if state.get(key) is not None}
+            made = {key: _moved(state[key], move, power, new) for key, power in moving.items()}
+            states[new] = {**state, **made}
+    factors = {old.a: now.a, old.b: now.b}
+    for group in () if optimizer is None else optimizer.param_groups:
+        group["params"] = [factors.get(parameter, parameter) for parameter in group["params"]]
 
 
-def _move(
-    old: torch.nn.Parameter,
-    new: torch.nn.Parameter,
-    optimizer: torch.optim.Optimizer | None,
-    moved: Callable[[torch.Tensor, int], torch.Tensor],
-) -> None:
-    """Carry one parameter's gradient and state over, by what moves sums of gradients' powers."""
-
-    def carried(value: torch.Tensor, power: int) -> torch.Tensor:
-        return moved(_matrix(value), power).reshape(new.shape).to(value.device, value.dtype)
-
-    if old.grad is not None:
-        new.grad = carried(old.grad, 1)
-    state = {} if optimizer is None else optimizer.state.pop(old, {})
-    if optimizer is not None and state and carries(optimizer):
-        moving = {key: state[key] for key in _POWERS if state.get(key) is not None}
-        made = {key: carried(value, _POWERS[key]) for key, value in moving.items()}
-        optimizer.state[new] = {**state, **made}
+def _moved(value: torch.Tensor, move: Move, power: int, like: torch.nn.Parameter) -> torch.Tensor:
+    """Return a sum of gradients' powers for the new factor, on its device and of its own type."""
+    return move(_matrix(value), power).reshape(like.shape).to(value.device, value.dtype)
 
 
 def in_float64(tensor: torch.Tensor) -> torch.Tensor:
@@ -96,12 +80,12 @@ def _matrix(factor: torch.Tensor) -> torch.Tensor:
     return in_float64(factor).reshape(len(factor), -1)
 
 
-def carries(optimizer: torch.optim.Optimizer) -> bool:
+def carries(optimizer: Optimizer | None) -> bool:
     """Return whether an optimizer's state moves with the factors."""
     return type(optimizer) in _KNOWN
 
 
-def trainer_of(live: LiveAdapter, optimizer: Any) -> torch.optim.Optimizer | None:
+def trainer_of(live: LiveAdapter, optimizer: Any) -> Optimizer | None:
     """Return torch's optimizer inside what accelerate wraps around it; None if there is none.
 
     Raises:
@@ -109,9 +93,9 @@ def trainer_of(live: LiveAdapter, optimizer: Any) -> torch.optim.Optimizer | Non
     """
     if optimizer is None:
         return None
-    while isinstance(wrapped := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+    while isinstance(wrapped := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = wrapped
-    if not isinstance(optimizer, torch.optim.Optimizer):
+    if not isinstance(optimizer, Optimizer):
         raise OptionError("not an optimizer of torch", got=type(optimizer).__name__)
     held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     for each in live.layers.values():

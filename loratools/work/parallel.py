@@ -1,12 +1,17 @@
-"""Threads over independent modules, with results in order and bytes that do not depend on them."""
+"""Threads over independent modules, with results in order and bytes that do not depend on them.
+
+Where there are fewer modules than threads, at the end of a run too, `in_parts` gives those without
+a module a share of the rows of one.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -111,8 +116,62 @@ def check_workers(workers: int) -> None:
         )
 
 
+class _Team:
+    """The threads of one run: how many there are, and how many of them nobody needs.
+
+    Args:
+        workers: threads.
+        items: how many modules they work on.
+
+    Attributes:
+        helpers: threads that take parts of an item, each in place of an idle one.
+    """
+
+    def __init__(self, workers: int, items: int) -> None:
+        self.helpers = ThreadPoolExecutor(workers)
+        self._lock = threading.Lock()
+        self._workers = workers
+        self._waiting = items
+        self._busy = self._lent = 0
+
+    def run(self, function: Callable[[Item], Result], item: Item) -> Result:
+        """Return function(item), which may borrow threads meanwhile."""
+        with self._lock:
+            self._waiting -= 1
+            self._busy += 1
+        _OWN.team = self
+        try:
+            return function(item)
+        finally:
+            _OWN.team = None
+            with self._lock:
+                self._busy -= 1
+
+    @contextlib.contextmanager
+    def borrowed(self) -> Iterator[int]:
+        """Lend a fair share of the threads that nobody needs, until the end of the context."""
+        with self._lock:
+            idle = self._workers - self._busy - self._lent - self._waiting
+            share = max(0, -(-idle // (self._busy + self._waiting)))
+            self._lent += share
+        try:
+            yield share
+        finally:
+            with self._lock:
+                self._lent -= share
+
+
+class _Own(threading.local):
+    """What belongs to a thread: the team in which it works on an item."""
+
+    team: _Team | None = None
+
+
+_OWN = _Own()
+
+
 def in_order(
-    function: Callable[[Item], Result], items: Iterable[Item], workers: int
+    function: Callable[[Item], Result], items: Collection[Item], workers: int
 ) -> Iterator[Result]:
     """Yield function(item) for each item, in order, computing a few ahead in threads.
 
@@ -124,11 +183,12 @@ def in_order(
         if workers <= 1:
             yield from map(function, items)
             return
-        with ThreadPoolExecutor(workers) as pool:
+        team = _Team(workers, len(items))
+        with ThreadPoolExecutor(workers) as pool, team.helpers:
             waiting: deque[Future[Result]] = deque()
             try:
                 for item in items:
-                    waiting.append(pool.submit(function, item))
+                    waiting.append(pool.submit(team.run, function, item))
                     with contextlib.suppress(TimeoutError):
                         waiting[-1].exception(_AT_ONCE)
                     if len(waiting) > 2 * workers:
@@ -137,3 +197,37 @@ def in_order(
                     yield waiting.popleft().result()
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
+
+
+def in_parts(
+    function: Callable[[Item], Result], parts: Sequence[Item], *, at_once: int = 1
+) -> Iterator[Result]:
+    """Yield function(part) for each part of one item, in order, using threads that nobody needs.
+
+    Args:
+        function: called in this thread or others, with this thread's context.
+        parts: what to call it with.
+        at_once: how many a thread takes, at most, where one is short.
+    """
+    team = _OWN.team
+    with contextlib.nullcontext(0) if team is None else team.borrowed() as lent:
+        if team is None or not lent:
+            yield from map(function, parts)
+            return
+        count = max(1, min(at_once, len(parts) // (4 * lent)))
+        waiting: deque[Future[list[Result]]] = deque()
+        try:
+            for start in range(0, len(parts), count):
+                if len(waiting) > lent:
+                    yield from waiting.popleft().result()
+                own, some = contextvars.copy_context(), parts[start : start + count]
+                waiting.append(team.helpers.submit(own.run, _each, function, some))
+            while waiting:
+                yield from waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _each(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    return [function(item) for item in items]

@@ -3,18 +3,22 @@
 python limits_peer.py checkpoints | kohya FOLDER COUNT     write them into the current folder
 python limits_peer.py optimum RANK                         least relative error of an extract
 python limits_peer.py form FOLDER...                       form each ΔW once in float32
+python limits_peer.py pair                                 what two processes at once gain over one
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
+from threadpoolctl import threadpool_limits
 
 SHAPES = {
     "self_attn.q_proj": (4096, 4096),
@@ -24,6 +28,7 @@ SHAPES = {
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 TRAINED_RANK = 32
 KOHYA_MODULES, TAGS = 264, 400
+PRODUCTS = 2400
 
 
 def checkpoints() -> None:
@@ -74,6 +79,33 @@ def form(folders: list[str]) -> float:
     return total
 
 
+def pair() -> float:
+    """Return by how much two processes at once, which share nothing, do more than one alone."""
+    alone, both = (min(_seconds(count) for _ in range(3)) for count in (1, 2))
+    return 2.0 * alone / both
+
+
+def _seconds(processes: int) -> float:
+    start = multiprocessing.Barrier(processes + 1)
+    done = multiprocessing.Barrier(processes + 1)
+    for _ in range(processes):
+        multiprocessing.Process(target=_multiply, args=(start, done), daemon=True).start()
+    start.wait()
+    began = time.monotonic()
+    done.wait()
+    return time.monotonic() - began
+
+
+def _multiply(start: Any, done: Any) -> None:
+    """Form blocks of a ΔW in float64 and round them, as an elementwise merge does."""
+    left, right = np.ones((64, 16)), np.ones((16, 4096))
+    with threadpool_limits(1):
+        start.wait()
+        for _ in range(PRODUCTS):
+            np.abs((left @ right).astype(np.float32))
+        done.wait()
+
+
 def kohya(folder: str, count: int) -> None:
     """Write small files whose headers are those of real ones, training tags included."""
     tags = {"img": {f"tag {number}, with a comma": number for number in range(TAGS)}}
@@ -97,5 +129,7 @@ if __name__ == "__main__":
         checkpoints()
     elif command == "kohya":
         kohya(words[0], int(words[1]))
+    elif command == "pair":
+        print(pair())
     else:
         print(optimum(int(words[0])) if command == "optimum" else form(words))

@@ -92,9 +92,32 @@ def written(model, folder):
             '"full_attention"', '"attention"'
         )
         (folder / "config.json").write_text(text)
+    as_published(type(model).__name__, folder)
     count = getattr(getattr(model.config, "text_config", model.config), "vocab_size", 96)
     vocabulary = {"model": {"vocab": {str(i): i for i in range(count)}}, "added_tokens": []}
     (folder / "tokenizer.json").write_text(json.dumps(vocabulary))
+
+
+PUBLISHED_TRANSPOSED = ("Qwen3VLMoeForConditionalGeneration",)
+"""Classes whose published files have stacks of experts as (E, in, out).
+
+transformers 5 takes both orders, by the shape, and saves (E, out, in). llama.cpp's converter takes
+the published one alone.
+"""
+
+
+def as_published(name, folder):
+    """Store the experts of a saved folder in the order of published files."""
+    from safetensors.numpy import load_file, save_file
+
+    if name not in PUBLISHED_TRANSPOSED:
+        return
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for key, stack in tensors.items():
+            if re.search(r"\.experts\.(gate_up_proj|down_proj)$", key):
+                tensors[key] = np.ascontiguousarray(stack.swapaxes(1, 2))
+        save_file(tensors, path, {"format": "pt"})
 
 
 MORE = {

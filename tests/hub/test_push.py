@@ -29,7 +29,7 @@ from loratools_formats.disk.errors import (
 SCHEMAS = Path(lt.__file__).parent / "schemas"
 WEIGHTS = "adapter_model.safetensors"
 BASE = "loratools/tiny-llama"
-DRAW = pushing._picture
+DRAW = pushing.picture_of
 NAMES = {"adapter_config.json", WEIGHTS, "README.md", "provenance.json", "spectrum.png"}
 
 
@@ -44,7 +44,7 @@ def hub(here, monkeypatch):
     card = b"---\nlicense: apache-2.0\n---\n# Tiny\n"
     here.add(BASE, {**{p.name: p.read_bytes() for p in MODEL.iterdir()}, "README.md": card})
     monkeypatch.setattr(upload, "FIRST_WAIT_SECONDS", 0.01)
-    monkeypatch.setattr(pushing, "_picture", _drawn)  # drawing takes longer than all the rest
+    monkeypatch.setattr(pushing, "picture_of", _drawn)  # drawing takes longer than all the rest
     return here
 
 
@@ -128,7 +128,7 @@ def test_what_the_repository_has_besides_stays(hub, small):
 
 @pytest.mark.slow
 def test_the_card_says_what_it_is(hub, small, monkeypatch):
-    monkeypatch.setattr(pushing, "_picture", DRAW)
+    monkeypatch.setattr(pushing, "picture_of", DRAW)
     lt.push(small, "me/small", create=True)
     card = ModelCard(published(hub)["README.md"].decode())
     data = card.data.to_dict()

@@ -27,7 +27,7 @@ REQUESTS = {
 @pytest.fixture
 def hub(here, monkeypatch):
     monkeypatch.setattr(upload, "FIRST_WAIT_SECONDS", 0.01)
-    monkeypatch.setattr(pushing, "_picture", lambda *_: None)
+    monkeypatch.setattr(pushing, "picture_of", lambda *_: None)
     return here
 
 

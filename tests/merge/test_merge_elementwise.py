@@ -120,7 +120,7 @@ def test_selection_by_a_sample_is_exact_even_if_the_sample_misleads(monkeypatch,
         values = np.exp(20 * (values - 1.0)).astype(np.float32)
     drawn = {"drawn": rng.choice(values.ravel(), 4096), "elsewhere": np.float32([7.0] * 99)}
     ranks = [0, 1, 2, 40, 4200, 8400, 21000, 41999, 42000]
-    got = largest(lambda: iter(values), ranks, drawn.get(sample), values.size)
+    got = largest(lambda look: map(look, values), ranks, drawn.get(sample), values.size)
     ordered = np.sort(values.ravel())[::-1]
     assert got == [math.inf, *(float(ordered[k - 1]) for k in ranks[1:])]
 
@@ -130,7 +130,7 @@ def test_one_pass_finds_what_a_fair_sample_brackets():
     values = np.abs(rng.standard_normal(1 << 18)).astype(np.float32)
     bracket = Bracket(rng.choice(values, 1 << 14), 52_000, values.size)
     for part in np.split(values, 64):
-        bracket.add(bits_of(part))
+        bracket.add(*bracket.look(bits_of(part)))
     assert bracket.value() == np.sort(values)[-52_000]
 
 

@@ -16,7 +16,8 @@ from loratools.algebra.ranks import Budget, RankRule
 from loratools.cli.merge import command
 from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.merge.options import MergeOptions, Override
-from loratools.operations.merge.recipe import Recipe, RecipeAdapter, load_recipe, recipe_text
+from loratools.operations.merge.recipe import Recipe, RecipeAdapter, load_recipe
+from loratools.operations.merge.recipe_text import recipe_text
 from loratools_formats.disk.errors import (
     AdapterError,
     LoratoolsError,

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import make_dist
 import pytest
-from cyclonedx.schema import SchemaVersion
-from cyclonedx.validation.json import JsonStrictValidator
 
 import loratools
 
@@ -105,6 +103,9 @@ def test_the_wheel_alone_squeezes(elsewhere, tmp_path):
 
 
 def test_the_bill_is_valid_and_names_what_the_wheel_needs(made, wheel):
+    from cyclonedx.schema import SchemaVersion
+    from cyclonedx.validation.json import JsonStrictValidator  # slow to import
+
     (path,) = made.glob("*.cdx.json")
     text = path.read_text()
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None

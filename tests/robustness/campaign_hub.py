@@ -26,7 +26,7 @@ def running(folder: Path) -> Iterator[Any]:
         from loratools.hub import upload
 
         upload.FIRST_WAIT_SECONDS = 0.01
-        push._picture = _drawn  # drawing takes longer than all the rest
+        push.picture_of = _drawn  # drawing takes longer than all the rest
         yield hub
 
 

@@ -5,7 +5,6 @@ import re
 import sys
 from pathlib import Path
 
-import jsonschema
 import pytest
 from click.testing import CliRunner
 from shared_fleets import fleet, matrices, write
@@ -27,6 +26,8 @@ def as_printed(result):
 
 
 def test_commands_print_what_functions_return(tmp_path):
+    import jsonschema  # slow to import
+
     paths = fleet(tmp_path, 3)
     shared = tmp_path / "shared.safetensors"
     results = [lt.fleet_share(paths, budget="95%", output=shared)]

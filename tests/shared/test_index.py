@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import jsonschema
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -326,6 +325,8 @@ def test_spellings_of_one_adapter_are_copies(tmp_path):
 
 
 def test_commands_print_what_functions_return(tmp_path):
+    import jsonschema  # slow to import
+
     paths = fleet(tmp_path, 3)
     result, out = indexed(tmp_path, paths)
     pairs = [

@@ -234,6 +234,35 @@ def test_what_is_not_of_low_rank_goes_in_without_loss(bases, tmp_path):
     assert list(found) == ["transformer_blocks.0.ff.net.0.proj.weight"]
 
 
+def test_marks_of_each_model_in_one_file_are_left_out(tmp_path):
+    """ComfyUI's mark of a whole model has the prefix of the model's weights."""
+    import torch
+    from safetensors.torch import load_file as load_torch
+    from safetensors.torch import save_file as save_torch
+
+    unet, text = "model.diffusion_model.", "text_encoders.t5xxl.transformer."
+    module = "encoder.block.0.layer.0.SelfAttention.q"
+    weights = (f"{unet}double_blocks.0.img_attn.proj", f"{text}{module}")
+    tensors = {}
+    for start, name in zip((unet, text), weights, strict=True):
+        tensors[f"{name}.weight"] = torch.randn(8, 8).to(torch.float8_e4m3fn)
+        tensors[f"{name}.scale_weight"] = torch.tensor([0.5])
+        tensors[f"{start}scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+    base = tmp_path / "base.safetensors"
+    save_torch(tensors, base)
+    file = DialectFile("kohya", {"kohya"})
+    file.pair(f"lora_te3_{module.replace('.', '_')}", 8, 8, 2, KOHYA)
+    source = save(file, tmp_path / "lora.safetensors")
+    run("fuse", base, source, "-o", tmp_path / "fused.safetensors")
+    fused = load_torch(tmp_path / "fused.safetensors")
+    assert set(fused) == {f"{name}.weight" for name in weights}
+    (delta,) = file.deltas.values()
+    stored = tensors[f"{weights[1]}.weight"].double() * 0.5
+    expected = stored + torch.from_numpy(np.asarray(delta, np.float64))
+    found = fused[f"{weights[1]}.weight"].double()
+    assert (found - expected).abs().max() <= 2**-8 * expected.abs().max()
+
+
 @pytest.mark.parametrize("mark", ["comfy_quant", "metadata", "scaled_fp8", "scale_weight"])
 def test_scaled_eight_bits_of_comfyui_become_16_and_lose_their_marks(tmp_path, mark):
     """ComfyUI would multiply 16-bit weights by no scale, or refuse them, as eight-bit ones."""

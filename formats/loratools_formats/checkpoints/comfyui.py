@@ -60,9 +60,18 @@ def _of_metadata(metadata: Mapping[str, str]) -> tuple[dict[str, Any], dict[str,
 
 
 def marks_of_comfyui(tensors: Mapping[str, TensorRef], weights: Collection[str]) -> list[str]:
-    """Return the names of tensors by which ComfyUI tells that some weights are in eight bits."""
+    """Return the names of tensors by which ComfyUI tells that some weights are in eight bits.
+
+    The mark of a whole model stands below the prefix that its weights have in a file of several.
+    """
     of_weights = [f"{key.rpartition('.')[0]}.{MARKS[1]}" for key in weights]
-    return [key for key in (MARKS[0], *of_weights) if key in tensors]
+    of_models = [
+        key
+        for key in tensors
+        if key.rpartition(".")[2] == MARKS[0]
+        and any(weight.startswith(key.removesuffix(MARKS[0])) for weight in weights)
+    ]
+    return [*of_models, *(key for key in of_weights if key in tensors)]
 
 
 def unmarked(metadata: Mapping[str, str], weights: Collection[str]) -> dict[str, str]:

@@ -14,6 +14,7 @@ CODES: Mapping[str, str] = {
     # Readers of all formats.
     "pickled-weights": "the weights are pickled",
     "unknown-tensors": "unknown tensors are carried along",
+    "idle-modules": "modules of a single file have no factors, or none of any rank",
     "quantised-factors": "factors are stored in blocks of few bits and read as the rounded numbers",
     "norms-ignored": "llama.cpp ignores trained norms in an adapter",
     "config-missing": "the configuration that states the scale is missing",

@@ -147,7 +147,9 @@ _WITH_NAMES: tuple[tuple[re.Pattern[str], Role, Style], ...] = (
     (re.compile(rf"(.+)(\.lora_A\.{_NAME}\.weight)"), "a", "infix"),
     (re.compile(rf"(.+)(\.lora_B\.{_NAME}\.weight)"), "b", "infix"),
     (re.compile(rf"(.+)(\.lora_B\.{_NAME}\.bias)"), "bias", "infix"),
-    (re.compile(rf"(.+)(\.lora_magnitude_vector\.{_NAME}\.weight)"), "magnitude", "infix"),
+    (re.compile(rf"(.+)(\.lora_magnitude_vector\.{_NAME}(?:\.weight)?)"), "magnitude", "infix"),
+    (re.compile(rf"(.+)(\.lora_embedding_A\.{_NAME})"), "embedding_a", "infix"),
+    (re.compile(rf"(.+)(\.lora_embedding_B\.{_NAME})"), "embedding_b", "infix"),
     (re.compile(r"(.+)(_lora\.down\.weight)"), "a", "old"),
     (re.compile(r"(.+)(_lora\.up\.weight)"), "b", "old"),
 )

@@ -48,7 +48,8 @@ class SharedSetFormat(Format):
         from dataclasses import replace
 
         from loratools_formats.containers.safetensors_read import read_safetensors
-        from loratools_formats.contract.shared_set import findings_of, parsed
+        from loratools_formats.contract.shared_set import findings_of
+        from loratools_formats.contract.shared_set_read import parsed
         from loratools_formats.core.adapter import Adapter
 
         opened = read_safetensors(path)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 
 from loratools.cli.output import note, number, print_table, quantity, say
 from loratools.cli.wording import worded
+from loratools.pipeline.fleet.outcome import Outcome
 from loratools.pipeline.fleet.run import FleetResult
-from loratools.pipeline.fleet.task import Outcome
 
 _LINE_SECONDS = 10.0
 _MOST_ROWS = 40

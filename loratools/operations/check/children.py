@@ -122,7 +122,7 @@ def main() -> None:
         frozenset(values["accepted"]),
         {Path(path): name for path, name in values["named"].items()},
     )
-    for outcome in in_order(asked.outcome, map(Path, values["sources"]), 1):
+    for outcome in in_order(asked.outcome, [*map(Path, values["sources"])], 1):
         sys.stdout.write(_encoded(outcome) + "\n")
         sys.stdout.flush()
 

@@ -267,11 +267,12 @@ RULES = (
     ),
     Rule(
         "LT402", "training-wrapper", "error",
-        "Names hold the wrapper of a training tool, such as torch.compile's _orig_mod.",
-        "No module of the plain model has that name. PEFT drops the tensors with a warning, "
+        "Names hold the wrapper of a training tool, such as torch.compile's _orig_mod, or a prefix "
+        "too many.",
+        "No module of the plain model has that name. Loaders drop the tensors with a warning, "
         "and the model behaves like its base.",
-        "Write it under PEFT's names: `loratools convert ADAPTER -o NEW --to peft`. Next "
-        "time, save from the unwrapped model.",
+        "Write it again: `loratools convert ADAPTER -o NEW --to peft`, or with the naming that a "
+        "single file has. Next time, save from the unwrapped model.",
         "`torch.compile`, FSDP and activation checkpointing wrap modules under these names",
         _wrappers, of_readers=("wrapped-names",),
     ),

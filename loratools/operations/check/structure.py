@@ -75,6 +75,7 @@ def _belongs_nowhere(subject: Subject) -> Iterator[Found]:
         "unknown-tensors",
         "no-weight-change",
         "shared-set",
+        "idle-modules",
     }
     if adapter is None or known & {finding.code for finding in adapter.findings}:
         return
@@ -147,7 +148,7 @@ RULES = (
         "Loaders drop them, or copy them over the base's tensor of the same name.",
         "Remove them if they are left over from training.",
         "`set_peft_model_state_dict` in peft 0.21.2",
-        _belongs_nowhere,
+        _belongs_nowhere, of_readers=("idle-modules",),
     ),
     Rule(
         "LT107", "base-values", "note",

@@ -22,6 +22,7 @@ from loratools.algebra.device import Computing, Device
 from loratools.operations.fuse.blocks import fused_blocks, single_for_quantised
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.gguf_changes import gguf_changes
+from loratools.operations.fuse.gguf_diffusion import diffusion_changes, is_of_diffusion
 from loratools.operations.fuse.loss import lost_to_rounding, refuse_erased, refuse_rounded
 from loratools.operations.fuse.operation import refuse_nothing
 from loratools.operations.fuse.plan import TensorPlan
@@ -108,9 +109,13 @@ class GgufFusion:
         self._recorded = kept(self._record)
         self.inputs = tuple(inputs)
         changes: dict[str, list[WeightedChange]] = {}
-        for item in inputs:
-            for name, change in gguf_changes(item, base):
-                changes.setdefault(name, []).append(change)
+        told: tuple[Finding, ...] = ()
+        if is_of_diffusion(base, inputs):
+            changes, told = diffusion_changes(base, inputs)
+        else:
+            for item in inputs:
+                for name, change in gguf_changes(item, base):
+                    changes.setdefault(name, []).append(change)
         kinds = {name: _kind(base.tensors[name], options) for name in changes}
         self.layout = ModelLayout(base, kinds)
         self.plans = {
@@ -119,7 +124,7 @@ class GgufFusion:
         refuse_nothing(self.plans.values(), self.inputs)
         touched = [base.tensors[name] for name in self.plans]
         read = dict.fromkeys(notice for item in inputs for notice in item.adapter.notices)
-        self.findings = (*read, *_fallbacks(touched, kinds, options), *_joined(base))
+        self.findings = (*read, *told, *_fallbacks(touched, kinds, options), *_joined(base))
 
     def _plan(self, name: str, changes: Sequence[WeightedChange]) -> TensorPlan:
         source = decoded(self.base.tensors[name])

@@ -45,7 +45,7 @@ def knots(
     aligned = [DenseRows(vt[:, t * width : (t + 1) * width] @ space.v.T) for t in range(count)]
     tasks = Tasks(aligned, (kept, space.shape[1]), 0, "")
     merged = ties(tasks, weights, density=density, majority_sign=majority_sign, flavor=flavor)
-    rows = np.concatenate([merged(*span) for span in tasks.spans()])
+    rows = np.concatenate([*tasks.each(merged)])
     return space.u @ (lambda_ * u * s), rows
 
 

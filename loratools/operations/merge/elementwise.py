@@ -12,6 +12,7 @@ mergekit   per module    weighted entries weight that agrees    the L1 norm befo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -65,14 +66,19 @@ def _dropped(tasks: Tasks, keep: Callable[[Array], Array | float], rescale: str)
             kept /= chances
         return entries, kept
 
+    def norms(task: int, start: int, stop: int) -> tuple[float, float]:
+        """Return the L1 norms of rows of a task before and after."""
+        entries, kept = one(task, start, stop)
+        before = np.abs(entries, out=entries).sum(dtype=np.float64)
+        return float(before), float(np.abs(kept, out=kept).sum())
+
     ratios = np.ones(tasks.count)
     if rescale == "l1":
         for task in range(tasks.count):
             before = after = 0.0
-            for span in tasks.spans():
-                entries, kept = one(task, *span)
-                before += float(np.abs(entries, out=entries).sum(dtype=np.float64))
-                after += float(np.abs(kept, out=kept).sum())
+            for of_entries, of_kept in tasks.each(functools.partial(norms, task)):
+                before += of_entries
+                after += of_kept
             ratios[task] = before / after if min(before, after) >= 1e-7 else 1.0
 
     def rows(start: int, stop: int) -> Array:
@@ -270,9 +276,11 @@ def sce(tasks: Tasks, weights: Array, *, density: float = 1.0, lambda_: float = 
             block = tasks.block(start, stop)
             return np.where(variance(start, stop) >= limit, block, np.float32(0))
 
-    energies = np.zeros(tasks.count)
-    for span in tasks.spans():
-        energies += (rows(*span).astype(np.float64) ** 2).sum(axis=(1, 2))
+    def energies_of(start: int, stop: int) -> Array:
+        energies: Array = (rows(start, stop).astype(np.float64) ** 2).sum(axis=(1, 2))
+        return energies
+
+    energies = sum(tasks.each(energies_of), np.zeros(tasks.count))
     total = float(energies.sum())
     shares = energies / total if total > 0.0 else np.full(tasks.count, 1.0 / tasks.count)
 

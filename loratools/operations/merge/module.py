@@ -232,7 +232,7 @@ def _elementwise_in_core(
     sources = [DenseRows(core) for core in space.cores]
     tasks = Tasks(sources, (space.u.shape[1], space.v.shape[1]), run.seed, label)
     rows = run.method.function(tasks, run.weights, **run.parameters)
-    core = np.concatenate([rows(*span) for span in tasks.spans()])
+    core = np.concatenate([*tasks.each(rows)])
     return Matrix(*lifted(space, core), 1.0, device, use_gram=False)
 
 
@@ -240,12 +240,18 @@ def _streamed(
     tasks: Tasks, rows: RowReader, module: AlignedModule, run: ModuleMethod, folder: Path | None
 ) -> StreamedMatrix:
     store = RowStore(tasks.shape, folder)
-    for span in tasks.spans():
-        store.append(rows(*span))
+    for block in tasks.each(lambda start, stop: _rounded(rows(start, stop))):
+        store.append(*block)
     _check_finite(store.squared_norm)
     seed = seed_of_matrix(run.seed, tasks.name)
     svd = streamed_svd(store, run.width(module), power_iterations=run.power_iterations, seed=seed)
     return StreamedMatrix(store, lambda: svd)
+
+
+def _rounded(rows: Array) -> tuple[Array, float]:
+    """Return rows in float32, and ‖·‖²_F of those."""
+    stored = np.ascontiguousarray(rows, dtype=np.float32)
+    return stored, float(np.sum(stored.astype(np.float64) ** 2))
 
 
 @dataclass(frozen=True)
@@ -286,9 +292,13 @@ def _through_base(
         rows: RowReader = run.method.function(tasks, run.weights, **run.parameters)
     else:
         gram = np.zeros((tasks.count, tasks.count))
-        for span in tasks.spans():
-            block = tasks.block(*span).astype(np.float64).reshape(tasks.count, -1)
-            gram += block @ block.T
+
+        def products(start: int, stop: int) -> Array:
+            block = tasks.block(start, stop).astype(np.float64).reshape(tasks.count, -1)
+            return block @ block.T
+
+        for part in tasks.each(products):
+            gram += part
         shares = _coefficients(run, gram)
         coefficients = shares[None, :]
 

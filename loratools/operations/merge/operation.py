@@ -34,6 +34,7 @@ from loratools.operations.merge.extras import (
     merged_additions,
     refuse_replaced_modules,
 )
+from loratools.operations.merge.fit import check_fit
 from loratools.operations.merge.formats import in_one_format
 from loratools.operations.merge.methods import Method, get_method
 from loratools.operations.merge.module import MergedModule, ModuleMethod, merged_module
@@ -50,7 +51,6 @@ from loratools.operations.merge.weightless import (
 )
 from loratools.operations.merge.whole import (
     MergedWhole,
-    WholeModule,
     is_whole,
     merged_whole,
     refuse_unasked,
@@ -67,7 +67,6 @@ from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.dtypes import Array, common_dtype
 from loratools_formats.core.metadata import merged_from
-from loratools_formats.disk.errors import OptionError
 
 _OVERSAMPLE = 10
 
@@ -109,7 +108,7 @@ def merge(
     named, inputs = inputs, in_one_spelling(in_one_format(inputs, base), base)
     pairs = [(x.adapter.findings, y.adapter.findings) for x, y in zip(named, inputs, strict=True)]
     told = tuple(each for before, after in pairs for each in after[len(before) :])
-    _check(inputs, options, method)
+    check_fit(inputs, options, method)
     others, wholes = whole_modules(inputs)
     modules = align(
         inputs,
@@ -158,40 +157,6 @@ def _folded(item: MergeInput, scratch_folder: Path | None) -> MergeInput:
     return replace(item, adapter=replace(adapter, modules=modules))
 
 
-def _check(inputs: Sequence[MergeInput], options: MergeOptions, method: Method) -> None:
-    count = len(inputs)
-    if count < method.least or (method.most is not None and count > method.most):
-        most = "" if method.most is None else f" and at most {method.most}"
-        raise OptionError(
-            f"method {method.name} has the wrong number of adapters",
-            got=count,
-            expected=f"at least {method.least}{most}",
-        )
-    if options.space == "core" and method.kind != "elementwise":
-        raise OptionError(f"`space=core` is for elementwise methods; {method.name} is not one")
-    if method.uncompressed and options.rule.is_given:
-        raise OptionError(f"{method.name} keeps all ranks", hint="Use linear to choose ranks")
-    has_dora = any(d.is_dora for item in inputs for d in item.adapter.modules.values())
-    if has_dora or (method.kind == "elementwise" and options.space == "full"):
-        for name in ("sv_cumulative", "threshold"):
-            if getattr(options.rule, name):
-                raise OptionError(
-                    f"{name} needs all singular values, which are not computed for "
-                    + ("a DoRA" if has_dora else f"method {method.name}"),
-                    hint="Use `rank` or `energy`",
-                )
-    for item in inputs:
-        item.adapter.require_true_delta("merge")
-    for override in options.overrides:
-        method.checked(override.parameters)
-        if override.weights is not None and len(override.weights) not in (1, count):
-            raise OptionError(
-                f"wrong number of weights for modules matching {override.match}",
-                got=len(override.weights),
-                expected=f"1 or {count}",
-            )
-
-
 def _config(first: Adapter, inputs: Sequence[MergeInput]) -> Any:
     alike = [item.adapter for item in inputs if item.adapter.format == first.format]
     return get_format(first.format).merged_config(alike)
@@ -206,7 +171,7 @@ class _Merge(Ranked[_Merged, Measured]):
         options: MergeOptions,
         method: Method,
         modules: list[AlignedModule],
-        wholes: Sequence[WholeModule],
+        wholes: Sequence[AlignedModule],
         base: Checkpoint | None,
         scratch_folder: Path | None,
     ) -> None:
@@ -257,7 +222,7 @@ class _Merge(Ranked[_Merged, Measured]):
         )
 
     def _merged_whole(
-        self, wholes: Sequence[WholeModule], scratch: Scratch
+        self, wholes: Sequence[AlignedModule], scratch: Scratch
     ) -> tuple[list[MergedWhole], list[str]]:
         """Return the full differences of the result, and the modules without any weight."""
         if not wholes:

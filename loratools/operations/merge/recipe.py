@@ -20,15 +20,13 @@ import math
 import os
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
-import yaml
-
-from loratools.algebra.ranks import Budget, RankRule, as_options
+from loratools.algebra.ranks import Budget, RankRule
 from loratools.hub.references import Want, parse
 from loratools.hub.resolve import located
 from loratools.lowrank.resize import ComputeOptions
@@ -41,13 +39,12 @@ from loratools_formats.disk import strict_yaml
 from loratools_formats.disk.errors import AdapterError, OptionError
 from loratools_formats.disk.files import read_small_file
 from loratools_formats.disk.hub_cache import cached_place
-from loratools_formats.disk.provenance import MADE_HERE
 
-_VERSION = 1
+VERSION = 1
 _MAX_BYTES = 1 << 18
 _MOST_ENTRIES = 10_000
-_SWITCHES = ("linear_differences", "force_base", "allow_missing")
-_NOT_IN_RECIPES = ("workers", "device")
+SWITCHES = ("linear_differences", "force_base", "allow_missing")
+NOT_IN_RECIPES = ("workers", "device")
 
 
 @dataclass(frozen=True)
@@ -204,8 +201,8 @@ def _recipe(content: Any, folder: Path) -> Recipe:
             "allow_missing": False,
         },
     )
-    if type(fields["version"]) is not int or fields["version"] != _VERSION:
-        raise _fail("$.version", "is not supported", got=fields["version"], expected=_VERSION)
+    if type(fields["version"]) is not int or fields["version"] != VERSION:
+        raise _fail("$.version", "is not supported", got=fields["version"], expected=VERSION)
     adapters = [
         _adapter(item, f"$.adapters[{index}]", folder)
         for index, item in enumerate(_list(fields["adapters"], "$.adapters"))
@@ -215,7 +212,7 @@ def _recipe(content: Any, folder: Path) -> Recipe:
     space = fields.get("space", "full")
     if space not in ("full", "core"):
         raise _fail("$.space", "is wrong", got=space, expected="full or core")
-    switches = {name: _switch(fields, name) for name in _SWITCHES}
+    switches = {name: _switch(fields, name) for name in SWITCHES}
     name = _text(fields["method"], "$.method")
     method: Method = _placed("$.method", lambda: get_method(name))
     base = fields.get("base")
@@ -333,7 +330,7 @@ def _regex(value: Any, place: str) -> str:
 
 
 def _compute(value: Any, place: str) -> ComputeOptions:
-    names = [n for n in ComputeOptions.__dataclass_fields__ if n not in _NOT_IN_RECIPES]
+    names = [n for n in ComputeOptions.__dataclass_fields__ if n not in NOT_IN_RECIPES]
     fields = _values(value, place, ComputeOptions, names)
     options: ComputeOptions = _placed(place, lambda: ComputeOptions(**fields))
     return options
@@ -355,61 +352,3 @@ def _override(value: Any, place: str, method: Method, count: int) -> Override:
     match = _text(fields["match"], f"{place}.match")
     override: Override = _placed(f"{place}.match", lambda: Override(match, numbers, parameters))
     return override
-
-
-def recipe_text(recipe: Recipe, digests: Sequence[str], folder: Path) -> bytes:
-    """Return a recipe as YAML, with paths relative to the folder it will lie in.
-
-    Args:
-        recipe: what was done.
-        digests: sha256 of each adapter's weight file.
-        folder: of the file to write.
-    """
-    options = recipe.options
-    content: dict[str, Any] = {"version": _VERSION, "method": options.method}
-    if options.parameters:
-        content["parameters"] = _shown(options.parameters)
-    if options.space != "full":
-        content["space"] = options.space
-    content["adapters"] = [
-        {"path": _relative(item.path, folder), "weight": item.weight, "sha256": digest}
-        for item, digest in zip(recipe.adapters, digests, strict=True)
-    ]
-    ranks = as_options(options.rule)
-    if ranks:
-        content["ranks"] = dict(ranks)
-        share = options.rule.budget.share if options.rule.budget is not None else None
-        if share is not None:
-            content["ranks"]["budget"] = f"{share * 100:.12f}".rstrip("0").rstrip(".") + "%"
-    defaults = asdict(ComputeOptions())
-    compute = {
-        name: value
-        for name, value in asdict(options.compute).items()
-        if name not in _NOT_IN_RECIPES and value != defaults[name]
-    }
-    if compute:
-        content["compute"] = compute
-    if options.overrides:
-        content["overrides"] = [
-            {k: _shown(v) if k == "parameters" else v for k, v in override.record().items()}
-            for override in options.overrides
-        ]
-    if options.replacements is not None:
-        content["replacements"] = options.replacements
-    content |= options.dropping.record()
-    if recipe.base is not None:
-        content["base"] = _relative(recipe.base, folder)
-    switches = {name: getattr(options, name) for name in _SWITCHES}
-    content |= {name: True for name, on in switches.items() if on}
-    text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-    return MADE_HERE + b"\n" + text.encode()
-
-
-def _shown(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return parameters by the names that users type."""
-    return {name.rstrip("_"): value for name, value in parameters.items()}
-
-
-def _relative(path: Path, folder: Path) -> str:
-    place = cached_place(path)
-    return Path(os.path.relpath(path, folder)).as_posix() if place is None else place.reference

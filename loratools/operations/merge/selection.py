@@ -9,11 +9,14 @@ not between them after all, that shows, and the histogram finds it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from loratools_formats.core.dtypes import Array
+
+Blocks = Callable[[Callable[[Array], Any]], Iterator[Any]]
 
 _HIGH_BITS = 15
 SAMPLE = 1 << 16
@@ -32,7 +35,7 @@ def _float_of(bits: int) -> float:
 
 
 def largest(
-    blocks: Callable[[], Iterable[Array]],
+    blocks: Blocks,
     ranks: Sequence[int],
     sample: Array | None,
     elements: int,
@@ -40,7 +43,7 @@ def largest(
     """Return the k-th largest of non-negative float32 numbers for several k, exactly.
 
     Args:
-        blocks: yields all the numbers, in the same way each time.
+        blocks: given a function, yields what it returns of each block of the numbers.
         ranks: each k from 1; infinity is returned for 0.
         sample: numbers drawn at random from them; None if there is none.
         elements: how many numbers there are.
@@ -49,10 +52,9 @@ def largest(
     if sample is not None:
         places = [place for place, value in enumerate(found) if value is None]
         brackets = [Bracket(sample, ranks[place], elements) for place in places]
-        for values in blocks():
-            bits = bits_of(values)
-            for bracket in brackets:
-                bracket.add(bits)
+        for found_in in blocks(lambda values: _looked_at(brackets, values)):
+            for bracket, (above, inside) in zip(brackets, found_in, strict=True):
+                bracket.add(above, inside)
         for place, bracket in zip(places, brackets, strict=True):
             found[place] = bracket.value()
     return [
@@ -61,12 +63,17 @@ def largest(
     ]
 
 
-def _by_histogram(blocks: Callable[[], Iterable[Array]], k: int) -> float:
+def _looked_at(brackets: Sequence[Bracket], values: Array) -> list[tuple[int, Array]]:
+    bits = bits_of(values)
+    return [bracket.look(bits) for bracket in brackets]
+
+
+def _by_histogram(blocks: Blocks, k: int) -> float:
     counts = Histogram()
-    for values in blocks():
+    for values in blocks(np.copy):
         counts.add_high(values)
     counts.choose(k)
-    for values in blocks():
+    for values in blocks(np.copy):
         counts.add_low(values)
     return counts.value()
 
@@ -95,14 +102,22 @@ class Bracket:
         self._bins: Array | None = None
         self._is_lost = False
 
-    def add(self, bits: Array) -> None:
-        """Count numbers, given their bits: uint32, in one dimension."""
+    def look(self, bits: Array) -> tuple[int, Array]:
+        """Return how many numbers are above it, and the bits of those inside.
+
+        Args:
+            bits: of the numbers: uint32, in one dimension.
+        """
         if self._is_lost:
-            return
+            return 0, bits[:0]
         reach = bits >= self._low
         above = bits > self._high
-        self._above += int(np.count_nonzero(above))
-        inside = bits[np.logical_xor(reach, above, out=above)]
+        count = int(np.count_nonzero(above))
+        return count, bits[np.logical_xor(reach, above, out=above)]
+
+    def add(self, above: int, inside: Array) -> None:
+        """Count numbers that were looked at."""
+        self._above += above
         if inside.size:
             self._kept.append(inside)
             self._held += inside.size
@@ -113,7 +128,7 @@ class Bracket:
         """Turn the numbers that are kept into counts of each."""
         width = self._high - self._low + 1
         if width > _MOST_BINS:
-            self._is_lost, self._kept = True, []
+            self._is_lost, self._kept, self._held = True, [], 0
             return
         if self._bins is None:
             self._bins = np.zeros(width, np.int64)

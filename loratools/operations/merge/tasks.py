@@ -12,23 +12,26 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from loratools.algebra.streamed_svd import row_spans
-from loratools.operations.merge.selection import SAMPLE, largest
+from loratools.operations.merge.selection import SAMPLE, Blocks, largest
 from loratools.work.buffers import Buffers
+from loratools.work.parallel import in_parts
 from loratools.work.seeds import seed_of_64_bits
 from loratools_formats.core.dtypes import Array
 
 Score = Callable[[int, int], Array]
+Result = TypeVar("Result")
 RowReader = Callable[[int, int], Array]
 """Returns rows [start, stop) of a merged ΔW."""
 
 _BLOCK_ELEMENTS = 1 << 16
 _LEAST_SAMPLED = 4 * SAMPLE  # entries; of fewer, two passes cost next to nothing
 _SAMPLED_AT_ONCE = 1 << 12
+_SPANS_AT_ONCE = 8
 _BUFFERS = Buffers()
 
 
@@ -144,13 +147,17 @@ class Tasks:
             sample = source.sample(SAMPLE)
         return self._largest(self.magnitudes(task), ranks, sample)
 
+    def each(self, function: Callable[[int, int], Result]) -> Iterator[Result]:
+        """Yield function(start, stop) for each block of rows, in order; idle threads take some."""
+        return in_parts(lambda span: function(*span), [*self.spans()], at_once=_SPANS_AT_ONCE)
+
     def total(self, score: Score) -> float:
         """Return the sum of a score over all entries, in float64."""
-        return float(sum(score(*span).sum(dtype=np.float64) for span in self.spans()))
+        return float(sum(self.each(lambda i, j: score(i, j).sum(dtype=np.float64))))
 
     def nonzero(self, score: Score) -> int:
         """Return how many entries of a score are not zero."""
-        return sum(int(np.count_nonzero(score(*span))) for span in self.spans())
+        return sum(self.each(lambda i, j: int(np.count_nonzero(score(i, j)))))
 
     def kth_largest(self, score: Score, k: int) -> float:
         """Return the k-th largest value of a non-negative float32 score, exactly.
@@ -163,7 +170,11 @@ class Tasks:
 
     def _largest(self, score: Score, ranks: Sequence[int], sample: Array | None) -> list[float]:
         elements = self.shape[0] * self.shape[1]
-        return largest(lambda: (score(*span) for span in self.spans()), ranks, sample, elements)
+        return largest(self.blocks(score), ranks, sample, elements)
+
+    def blocks(self, score: Score) -> Blocks:
+        """Return what gives the blocks of a score to a function, and yields what that returns."""
+        return lambda look: self.each(lambda start, stop: look(score(start, stop)))
 
     def random_rows(self, task: int, start: int, stop: int) -> Array:
         """Return uniform numbers in [0, 1) for rows of a task: the same whatever the blocks.

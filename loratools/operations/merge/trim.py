@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,7 @@ class SharedTrim:
         if keep <= 0:
             return float("inf")
         sample = self._sample(task, elements) if elements >= SAMPLE else None
-        return largest(lambda: self._magnitudes(task), [keep], sample, elements)[0]
+        return largest(lambda look: self._looked_at(task, look), [keep], sample, elements)[0]
 
     def _sample(self, task: int, elements: int) -> Array:
         """Return magnitudes at random places, as many of each matrix as it has a share of all."""
@@ -66,12 +66,11 @@ class SharedTrim:
             drawn.append(np.zeros(count, np.float32) if is_zero else source.sample(count))
         return np.concatenate(drawn)
 
-    def _magnitudes(self, task: int) -> Iterator[Array]:
+    def _looked_at(self, task: int, look: Callable[[Array], Any]) -> Iterator[Any]:
+        """Yield what a function returns of each block of magnitudes."""
         for source, shape in self._sources(task):
             tasks = Tasks([source], shape, 0, "")
-            score = tasks.magnitudes(0)
-            for span in tasks.spans():
-                yield score(*span)
+            yield from tasks.blocks(tasks.magnitudes(0))(look)
 
     def _sources(self, task: int) -> Iterator[tuple[Any, tuple[int, int]]]:
         for module in self._modules:

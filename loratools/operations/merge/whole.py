@@ -18,7 +18,7 @@ from loratools.folding.decomposed import rows_of
 from loratools.folding.module import checked_form, known_shape
 from loratools.kinds.declaration import Product, Rows
 from loratools.lowrank.resize import rounded
-from loratools.operations.merge.align import MergeInput
+from loratools.operations.merge.align import AlignedModule, MergeInput
 from loratools.operations.merge.module import pairs_of
 from loratools.work.scratch import Scratch
 from loratools_formats.core.adapter import Adapter
@@ -28,21 +28,6 @@ from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 Coefficients = Callable[[str, Array], Array]
-
-
-@dataclass(frozen=True)
-class WholeModule:
-    """A module that some adapter changes by a full difference.
-
-    Attributes:
-        name: module path.
-        deltas: one per adapter, None where it does not adapt the module.
-        absent: names of the adapters that do not.
-    """
-
-    name: str
-    deltas: tuple[ModuleChange | None, ...]
-    absent: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -72,14 +57,14 @@ def is_whole(change: ModuleChange) -> bool:
     return change.kind == "full" and not change.is_dora and of_matrix
 
 
-def whole_modules(inputs: Sequence[MergeInput]) -> tuple[list[MergeInput], list[WholeModule]]:
+def whole_modules(inputs: Sequence[MergeInput]) -> tuple[list[MergeInput], list[AlignedModule]]:
     """Return the adapters without the modules that one changes by a full difference, and those."""
     names = {n for item in inputs for n, change in item.adapter.modules.items() if is_whole(change)}
     modules = []
     for name in sorted(names):
         deltas = tuple(item.adapter.modules.get(name) for item in inputs)
         pairs = zip(deltas, inputs, strict=True)
-        modules.append(WholeModule(name, deltas, tuple(i.name for d, i in pairs if d is None)))
+        modules.append(AlignedModule(name, deltas, tuple(i.name for d, i in pairs if d is None)))
     return [replace(item, adapter=_without(item, names)) for item in inputs], modules
 
 
@@ -88,7 +73,9 @@ def _without(item: MergeInput, names: set[str]) -> Adapter:
     return replace(item.adapter, modules=modules)
 
 
-def merged_whole(module: WholeModule, coefficients: Coefficients, scratch: Scratch) -> MergedWhole:
+def merged_whole(
+    module: AlignedModule, coefficients: Coefficients, scratch: Scratch
+) -> MergedWhole:
     """Return the weighted sum of a module's changes, rounded once.
 
     Args:
@@ -134,7 +121,7 @@ def merged_whole(module: WholeModule, coefficients: Coefficients, scratch: Scrat
     return MergedWhole(module.name, change, squared_norm, squared_error, ranks, module.absent)
 
 
-def refuse_unasked(modules: Sequence[WholeModule], method: str) -> None:
+def refuse_unasked(modules: Sequence[AlignedModule], method: str) -> None:
     """Refuse full differences in a method that is no weighted sum.
 
     Raises:

@@ -28,7 +28,8 @@ from loratools.work.provenance import operation_record
 from loratools.work.scratch import Scratch
 from loratools.work.typed import check_options
 from loratools_formats.contract.commands import command_on
-from loratools_formats.contract.shared_set import Part, SharedModule, SharedSet, parsed
+from loratools_formats.contract.shared_set import Part, SharedModule, SharedSet
+from loratools_formats.contract.shared_set_read import parsed
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.findings import Finding

@@ -24,7 +24,8 @@ from loratools.work.parallel import in_order
 from loratools.work.provenance import operation_record, record_metadata
 from loratools.work.scratch import Scratch
 from loratools.work.typed import check_options
-from loratools_formats.contract.shared_set import Member, Part, SharedModule, SharedSet, parsed
+from loratools_formats.contract.shared_set import Member, Part, SharedModule, SharedSet
+from loratools_formats.contract.shared_set_read import parsed
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.dtypes import Array

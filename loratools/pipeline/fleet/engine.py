@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
-from loratools.pipeline.fleet.task import Outcome, Task, failed, run_task, run_tasks
+from loratools.pipeline.fleet.outcome import Outcome
+from loratools.pipeline.fleet.task import Task, failed, run_task, run_tasks
 from loratools.work.cluster import Engine, connected
 
 _LEAST_AHEAD = 32

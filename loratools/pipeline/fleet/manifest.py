@@ -14,8 +14,8 @@ from dataclasses import replace
 from typing import Any
 
 from loratools.pipeline.fleet.origin import Seen
+from loratools.pipeline.fleet.outcome import Outcome
 from loratools.pipeline.fleet.store import Store
-from loratools.pipeline.fleet.task import Outcome
 from loratools.work.shard import Shard
 
 SCHEMA = 1

@@ -15,10 +15,11 @@ from loratools.face.declare import Progress, public
 from loratools.face.result import Result
 from loratools.pipeline.fleet.engine import outcomes
 from loratools.pipeline.fleet.manifest import Manifest
+from loratools.pipeline.fleet.outcome import Outcome
 from loratools.pipeline.fleet.shared import forget_decompositions
 from loratools.pipeline.fleet.sources import Member, members
 from loratools.pipeline.fleet.store import OWN, Store, store_of
-from loratools.pipeline.fleet.task import Outcome, Task, planned
+from loratools.pipeline.fleet.task import Task, planned
 from loratools.pipeline.fleet.verbs import Verb, get_verb
 from loratools.work.cluster import Engine, has_dask
 from loratools.work.declared import option

@@ -8,13 +8,14 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from loratools import __version__
 from loratools.pipeline.fleet.key import digests_read, is_current, key_of, report_statement
 from loratools.pipeline.fleet.origin import Origin, Seen, origin_of
+from loratools.pipeline.fleet.outcome import Outcome, State
 from loratools.pipeline.fleet.shared import decompositions, shared_inputs
 from loratools.pipeline.fleet.store import OWN, Folder, Store, store_of
 from loratools.pipeline.fleet.verbs import get_verb
@@ -32,7 +33,6 @@ from loratools_formats.disk.errors import (
 )
 from loratools_formats.disk.provenance import PROVENANCE_FILE
 
-State = Literal["made", "done", "found", "failed", "planned"]
 _ATTEMPTS = f"{OWN}/attempts"
 _MOST_ATTEMPTS = 2
 _PASSING = (HubError, OutputError, StoreError)
@@ -64,65 +64,6 @@ class Task:
     run: str = ""
     version: str = __version__
     seen: Seen | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one adapter.
-
-    Attributes:
-        name: its name among the fleet.
-        source: what was read.
-        output: where its output is; None if it has none.
-        state: made now, done before, found (a check or a verification found something), failed, or
-            planned on a dry run.
-        key: sha256 of the operation, its options, the version and all inputs; None if unknown.
-        digest: of the output's first weight file, or of the report; None if there is none.
-        result: the numbers and words of the result, without its lists; None if it was done before.
-        error: why it failed; None if it did not.
-        retried: why a first try failed, after which there was a second; None if there was one.
-        seconds: that it took.
-        seen: of an adapter in an object store the files by name, each with the store's mark of its
-            content and its sha256; None of any other.
-    """
-
-    name: str
-    source: str
-    output: str | None
-    state: State
-    key: str | None
-    digest: str | None
-    result: Mapping[str, Any] | None
-    error: str | None
-    retried: str | None
-    seconds: float
-    seen: Seen | None = None
-
-    def line(self) -> dict[str, Any]:
-        """Return it as the line of a manifest."""
-        return asdict(self)
-
-    @classmethod
-    def of_line(cls, line: Mapping[str, Any]) -> Outcome:
-        """Return what a line of a manifest tells.
-
-        Raises:
-            KeyError: it lacks something.
-            TypeError: something in it is of another type than in ours.
-        """
-        for one in fields(cls):
-            if not isinstance(line[one.name], _LINE[one.name]):
-                raise TypeError(f"{one.name} is of the wrong type")
-        return cls(**{one.name: line[one.name] for one in fields(cls)})
-
-
-_WORDS = (str, type(None))
-_LINE: dict[str, type | tuple[type, ...]] = {
-    "name": str, "source": str, "output": _WORDS, "state": str, "key": _WORDS, "digest": _WORDS,
-    "result": (dict, type(None)), "error": _WORDS, "retried": _WORDS, "seconds": (int, float),
-    "seen": (dict, type(None)),
-}  # fmt: skip
-"""Types of what a line of a manifest tells, as JSON has them."""
 
 
 def run_task(task: Task) -> Outcome:

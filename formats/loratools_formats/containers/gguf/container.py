@@ -78,11 +78,6 @@ class GgufTensor:
         """Size as stored."""
         return self.kind.nbytes(self.shape)
 
-    @property
-    def row_nbytes(self) -> int:
-        """Size of one row, the last axis."""
-        return self.shape[-1] // self.kind.block * self.kind.block_nbytes
-
     def raw(self) -> Buffer:
         """Return the stored bytes."""
         return self.file.read_at(self.offset, self.nbytes)

@@ -251,6 +251,9 @@ def _unknown(path: Path, name: str, known: list[str]) -> UnsupportedError:
         path=path,
         got=name,
         expected=", ".join(near) if near else f"one of {len(known)} architectures",
-        hint="Fuse the adapter, and convert the model: "
+        hint="Fuse the adapter into the model that this one was made from, and convert that: "
+        "loratools fuse MODEL ADAPTER -o fused"
+        if path.suffix == ".gguf"
+        else "Fuse the adapter, and convert the model: "
         f"loratools fuse {shlex.quote(os.fspath(path))} ADAPTER -o fused",
     )

@@ -73,7 +73,7 @@ def _read(file: GgufFile, path: Path) -> Adapter:
                 expected=wanted or "its architecture",
                 hint="A GGUF model is a base, given as `base`, or: "
                 f"loratools fuse {shlex.quote(str(path))} ADAPTER -o fused.gguf"
-                if value == "model"
+                if value == "model" or (value is None and key == "general.type")
                 else None,
             )
     if (file.get(COUNT, "u16") or 1) > 1:

@@ -122,18 +122,23 @@ def _naming(names: tuple[bytes, ...], *, scaled: bool) -> Naming | None:
     from loratools_formats.core.peft_facts import OF_LANGUAGE_MODEL
     from loratools_formats.core.peft_facts import PREFIX as PEFT_PREFIX
     from loratools_formats.core.single_file_keys import parse
+    from loratools_formats.formats.singlefile.left_in_names import cleaned
     from loratools_formats.formats.singlefile.read import CONTROL_MARK, OF_DIFFUSION, naming_class
 
     of_language_model = re.compile(OF_LANGUAGE_MODEL)
     control = CONTROL_MARK.encode() in names
-    keys = [parse(name.decode("utf-8", "replace"), control=control) for name in names]
+    texts = [cleaned(name.decode("utf-8", "replace")) for name in names]
+    keys = [parse(text, control=control) for text in texts]
     known = [key for key in keys if key is not None]
+    of_diffusion = any(
+        key.prefix == PEFT_PREFIX and OF_DIFFUSION.match(key.module) is not None for key in known
+    )
 
     def is_bare(key: Key) -> bool:
         if key.role in ("alpha", "learned_embedding"):
             return False
         if key.prefix == PEFT_PREFIX:
-            return OF_DIFFUSION.match(key.module) is None
+            return not of_diffusion
         return key.style == "peft" and of_language_model.match(key.prefix + key.path) is not None
 
     # PEFT's weights without their configuration are another format: their scale is not 1.

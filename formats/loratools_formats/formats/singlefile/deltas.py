@@ -85,6 +85,9 @@ def _low_rank(module: str, parts: Parts, stated: Setting | None, path: Path) -> 
     a, b = parts["a"], parts["b"]
     layer = Layer("linear")
     dims = len(a.shape)
+    if dims > 1 and len(b.shape) != dims and math.prod(b.shape[2:]) == 1 < len(b.shape):
+        # Loaders flatten both: tools write a 1×1 kernel, or the second factor's, or leave them out.
+        b = b.reshaped((*b.shape[:2], *(1 for _ in a.shape[2:])))
     if dims < 2 or len(b.shape) != dims:
         raise AdapterError(
             "the two factors of a module have different numbers of dimensions",

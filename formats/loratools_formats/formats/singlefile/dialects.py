@@ -67,7 +67,7 @@ _RULES = (
     ),
     _Rule(
         BFL_CONTROL,
-        "unprefixed FLUX paths",
+        "unprefixed FLUX paths, with scales of norms",
         lambda k: k.path.startswith(_BFL_PATHS) or k.role == "norm_scale",
     ),
     _Rule("unprefixed", "a dotted path without component", lambda k: not k.flat),
@@ -77,8 +77,10 @@ _RULES = (
 def dialects(keys: Mapping[str, Key]) -> tuple[Dialect, ...]:
     """Return the dialects met among a file's keys, most frequent first."""
     found: dict[str, list[str]] = {}
+    is_control = any(key.role == "norm_scale" for key in keys.values())
+    rules = [rule for rule in _RULES if is_control or rule.name != BFL_CONTROL]
     for name, key in keys.items():
-        rule = next(rule for rule in _RULES if rule.holds(key))
+        rule = next(rule for rule in rules if rule.holds(key))
         found.setdefault(rule.name, []).append(name)
     reasons = {rule.name: rule.why for rule in _RULES}
     ordered = sorted(found.items(), key=lambda entry: (-len(entry[1]), entry[0]))

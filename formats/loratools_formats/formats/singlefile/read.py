@@ -23,6 +23,7 @@ from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError
 from loratools_formats.formats.singlefile.deltas import Parts, delta_of
 from loratools_formats.formats.singlefile.dialects import dialects
+from loratools_formats.formats.singlefile.left_in_names import as_loaders_know
 from loratools_formats.formats.singlefile.scale import (
     METADATA_KEY,
     PackedConfigs,
@@ -33,8 +34,11 @@ from loratools_formats.formats.singlefile.scale import (
 CONTROL_MARK = "lora_controlnet"
 
 OF_DIFFUSION = re.compile(
-    r"(?:double_blocks|single_blocks|(?:single_)?transformer_blocks|(?:down|up|input|output|joint)_blocks"
-    r"|mid_block|middle_block)\."
+    r"(?:(?:double|single)(?:_stream)?_blocks|(?:double|single)_layers|vace_blocks"
+    r"|(?:single_|joint_)?transformer_blocks|(?:down|up|input|output|joint)_blocks"
+    r"|mid_block|middle_block|(?:noise|context)_refiner"
+    r"|blocks\.\d+\.(?:self_attn|cross_attn)\.[qkvo]|blocks\.\d+\.attn[12]\.to_(?:[qkv]|out)"
+    r"|layers\.\d+\.attention\.(?:qkv|to_[qkv]))(?:\.|$)"
 )
 """Start of the paths of modules in UNets and diffusion transformers."""
 
@@ -95,14 +99,16 @@ class _Outside:
 
 def _read(path: Path, carry_unknown: bool) -> Adapter:
     file = read_safetensors(path)
-    keys, unknown, outside = _sorted(file.tensors)
+    tensors, about_names = as_loaders_know(file.tensors)
+    keys, unknown, outside = _sorted(tensors)
     if unknown and not carry_unknown:
         raise _unclaimed(unknown, keys, path)
-    groups = _groups(keys, file.tensors, path)
+    groups = _groups(keys, tensors, path)
     configs = packed_configs(file.metadata, path)
     _check_one_carrier(configs, keys, path)
     stated = {} if configs is None else configs.settings(sorted(groups))
     modules: dict[str, ModuleChange] = {}
+    about_idle = _without_idle(groups, outside)
     for module in sorted(groups):
         outside.take(module, groups[module], path)
         if groups[module]:
@@ -123,6 +129,8 @@ def _read(path: Path, carry_unknown: bool) -> Adapter:
             *(() if configs is None else configs.caveats()),
             *_about_scale(configs, keys),
             *_about_unknown(unknown),
+            *about_names,
+            *about_idle,
         ),
         dialects=dialects(keys),
         inputs=(file.file,),
@@ -146,6 +154,29 @@ def _sorted(tensors: Mapping[str, TensorRef]) -> tuple[dict[str, Key], list[str]
             if name != CONTROL_MARK:
                 unknown.append(name)
     return keys, unknown, outside
+
+
+def _without_idle(groups: dict[str, Parts], outside: _Outside) -> list[Finding]:
+    """Move what changes nothing out of the modules: an alpha alone, and factors of rank 0."""
+    idle = [module for module, parts in groups.items() if _is_idle(parts)]
+    for module in idle:
+        for tensor in groups.pop(module).values():
+            outside.carried[tensor.key] = tensor
+    if not idle:
+        return []
+    more = f" and {len(idle) - 1} more" if len(idle) > 1 else ""
+    text = f"an alpha alone, or factors of rank 0, which change nothing, in {idle[0]}{more}"
+    return [Finding("idle-modules", "warning", idle[0], text)]
+
+
+def _is_idle(parts: Parts) -> bool:
+    if parts.keys() == {"alpha"}:
+        return True
+    if not {"a", "b"} <= parts.keys() <= {"a", "b", "alpha"}:
+        return False
+    a, b = parts["a"].shape, parts["b"].shape
+    rest = (*a[1:], *b[:1], *b[2:])
+    return len(a) > 1 and len(b) > 1 and a[0] == b[1] == 0 and 0 not in rest
 
 
 def _about_scale(configs: PackedConfigs | None, keys: Mapping[str, Key]) -> list[Finding]:

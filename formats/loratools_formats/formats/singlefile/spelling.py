@@ -116,7 +116,9 @@ def naming_of(module: str) -> Naming | None:
 def spelling_losses(adapter: Adapter, target: Naming) -> list[Loss]:
     """Return what a single file of a naming could not hold of an adapter."""
     found = [
-        Loss(name, f"is understood by no loader of {target} files") for name in adapter.carried
+        Loss(name, f"is understood by no loader of {target} files")
+        for name, tensor in adapter.carried.items()
+        if tensor.numel and not _is_alpha(name)
     ]
     if target == "diffusers":
         found += [
@@ -156,6 +158,12 @@ def spelling_losses(adapter: Adapter, target: Naming) -> list[Loss]:
         if target != "comfyui" or not _is_whole_weight(replacement)
     ]
     return found
+
+
+def _is_alpha(key: str) -> bool:
+    """Return whether a tensor is an alpha that belongs to no module, so that it has no effect."""
+    parsed = parse(key)
+    return parsed is not None and parsed.role == "alpha"
 
 
 def _is_of_inputs(delta: ModuleChange) -> bool:

@@ -76,7 +76,7 @@ class PeftKind:
 
     kind: str
     parts: Mapping[str, str]
-    shape: Callable[[Module], Shape]
+    shape: Callable[[Module], Shape] = lambda _module: (None, None)
     settings: Callable[[Values, Module], dict[str, Any]] = lambda _values, _module: {}
     used: frozenset[str] = frozenset()
     neutral: frozenset[str] = frozenset()

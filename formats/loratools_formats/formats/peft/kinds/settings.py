@@ -43,6 +43,11 @@ def adalora(values: Values, module: Module) -> dict[str, Any]:
     return {"scale": (alpha if alpha > 0 else rows) / (first + _LEAST_RANKNUM)}
 
 
+def factors_shape(module: Module) -> Shape:
+    """Return the shape of a weight whose factors are `a` and `b`."""
+    return module.side("b", 0), module.side("a", 1)
+
+
 def loha_shape(module: Module) -> Shape:
     """Return the shape of a LoHa's weight."""
     if "t1" not in module.parts:
@@ -230,6 +235,13 @@ def miss(values: Values, module: Module) -> dict[str, Any]:
             expected="three axes with bat, two with any other",
         )
     return {"mini": form == "mini"}
+
+
+def miss_shape(module: Module) -> Shape:
+    """Return the outputs, which blocks of three axes tell."""
+    if miss_variant(module) is None:
+        return None, None
+    return module.side("block", 0) * module.side("block", 1), None
 
 
 def miss_variant(module: Module) -> str | None:

@@ -25,7 +25,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
     "ADALORA": PeftKind(
         "adalora",
         {".lora_A": "a", ".lora_B": "b", ".lora_E": "e"},
-        lambda m: (m.side("b", 0), m.side("a", 1)),
+        settings.factors_shape,
         settings.adalora,
         _keys("init_r lora_alpha rank_pattern"),
         _keys(
@@ -128,7 +128,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
     "TINYLORA": PeftKind(
         "tinylora",
         {".tinylora_A": "a", ".tinylora_B": "b", ".tinylora_P": "p"},
-        lambda m: (m.side("b", 0), m.side("a", 1)),
+        settings.factors_shape,
         lambda values, _: {
             "seed": values.whole("projection_seed"),
             "tying": values.share("weight_tying"),
@@ -143,7 +143,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
     "DELORA": PeftKind(
         "delora",
         {f".delora_{name}": name.lower() for name in ("A", "B", "lambda", "w_norm")},
-        lambda m: (m.side("b", 0), m.side("a", 1)),
+        settings.factors_shape,
         neutral=_keys("r delora_lambda lambda_pattern module_dropout"),
         patterns=_keys("rank_pattern"),
         sizes={"r": "r"},
@@ -167,9 +167,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
     "MISS": PeftKind(
         "miss",
         {".miss_block": "block"},
-        lambda m: (None if len(m.parts["block"].shape) == 2 else m.side("block", 0) * m.side(
-            "block", 1
-        ), None),
+        settings.miss_shape,
         settings.miss,
         neutral=_keys("r mini_r miss_dropout"),
         variant=settings.miss_variant,
@@ -178,9 +176,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
     "BONE": PeftKind(
         "miss",
         {".bone_block": "block"},
-        lambda m: (None if len(m.parts["block"].shape) == 2 else m.side("block", 0) * m.side(
-            "block", 1
-        ), None),
+        settings.miss_shape,
         settings.miss,
         neutral=_keys("r"),
         variant=settings.miss_variant,
@@ -200,11 +196,10 @@ PEFT_KINDS: dict[str, PeftKind] = {
     "RANDLORA": PeftKind(
         "randlora",
         {f".randlora_{name}": name.lower() for name in ("lambda", "gamma", "A", "B")},
-        lambda _: (None, None),
-        settings.randlora,
-        _keys("randlora_alpha projection_prng_key sparse very_sparse"),
-        _keys("r save_projection randlora_dropout"),
-        {
+        settings=settings.randlora,
+        used=_keys("randlora_alpha projection_prng_key sparse very_sparse"),
+        neutral=_keys("r save_projection randlora_dropout"),
+        shared={
             f"base_model.{name}_{side}": side.lower()
             for name in ("randlora", "randbasis")
             for side in "AB"
@@ -214,35 +209,32 @@ PEFT_KINDS: dict[str, PeftKind] = {
     "FOURIERFT": PeftKind(
         "fourierft",
         {".fourierft_spectrum": "spectrum"},
-        lambda _: (None, None),
-        lambda values, _: {
+        settings=lambda values, _: {
             "seed": values.whole("random_loc_seed"),
             "scale": values.number("scaling"),
         },
-        _keys("random_loc_seed scaling"),
-        _keys("n_frequency n_frequency_pattern"),
+        used=_keys("random_loc_seed scaling"),
+        neutral=_keys("n_frequency n_frequency_pattern"),
         sizes={"n": "n_frequency"},
         sizes_vary_by=_keys("n_frequency_pattern"),
     ),
     "WAVEFT": PeftKind(
         "waveft",
         {".waveft_spectrum": "spectrum"},
-        lambda _: (None, None),
-        lambda values, _: {
+        settings=lambda values, _: {
             "seed": values.whole("random_loc_seed"),
             "scale": values.number("scaling"),
             "wavelet": values.text("wavelet_family").lower() if values.flag("use_idwt") else None,
         },
-        _keys("random_loc_seed scaling wavelet_family use_idwt"),
-        _keys("n_frequency n_frequency_pattern proportional_parameters"),
+        used=_keys("random_loc_seed scaling wavelet_family use_idwt"),
+        neutral=_keys("n_frequency n_frequency_pattern proportional_parameters"),
         sizes={"n": "n_frequency"},
         sizes_vary_by=_keys("n_frequency_pattern proportional_parameters"),
     ),
     "SHIRA": PeftKind(
         "sparse",
         {".shira_weight": "values", ".shira_indices": "indices"},
-        lambda _: (None, None),
-        lambda _values, _module: {"scale": 1.0, "factor_scale": None},
+        settings=lambda _values, _module: {"scale": 1.0, "factor_scale": None},
         neutral=_keys("r mask_type random_seed"),
     ),
     "SUPERTUNING": PeftKind(
@@ -262,8 +254,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
     "SFT": PeftKind(
         "sparse",
         {".sft_delta.values": "values", ".sft_delta.indices": "indices"},
-        lambda _: (None, None),
-        lambda _values, _module: {"scale": 1.0, "factor_scale": None},
+        settings=lambda _values, _module: {"scale": 1.0, "factor_scale": None},
         neutral=_keys(
             "density num_tunable_weights dtype num_deltas initial_reselection_rate "
             "reselection_rate_exponent selection_algorithm"
@@ -272,10 +263,9 @@ PEFT_KINDS: dict[str, PeftKind] = {
     "OFT": PeftKind(
         "oft",
         {".oft_R.weight": "triangles", ".oft_embedding_R.weight": "triangles"},
-        lambda _: (None, None),
-        settings.oft,
-        _keys("block_share coft eps use_cayley_neumann num_cayley_neumann_terms"),
-        _keys("r oft_block_size module_dropout"),
+        settings=settings.oft,
+        used=_keys("block_share coft eps use_cayley_neumann num_cayley_neumann_terms"),
+        neutral=_keys("r oft_block_size module_dropout"),
     ),
     "BOFT": PeftKind(
         "boft",
@@ -296,12 +286,11 @@ PEFT_KINDS: dict[str, PeftKind] = {
     "ROAD": PeftKind(
         "road",
         {".road_theta": "theta", ".road_alpha": "alpha"},
-        lambda _: (None, None),
-        lambda values, _: {
+        settings=lambda values, _: {
             "variant": values.text("variant"),
             "group": values.count("group_size"),
         },
-        _keys("variant group_size"),
+        used=_keys("variant group_size"),
     ),
     "IA3": PeftKind(
         "ia3",
@@ -327,7 +316,6 @@ PEFT_KINDS: dict[str, PeftKind] = {
             for path in "ABCDE"
             for form in ("Xd", "Xu", "X", "zeros")
         },
-        lambda _: (None, None),
         neutral=_keys("r config_A_B config_C config_D_E"),
         sizes={"rA": "r", "rB": "r", "rC": "r"},
     ),
@@ -347,11 +335,10 @@ PEFT_KINDS: dict[str, PeftKind] = {
             ".psoft_R.vector_b": "left",
             ".psoft_R.vector_a": "right",
         },
-        lambda _: (None, None),
-        settings.psoft,
-        _keys("psoft_svd psoft_orth ab_svd_init cayley_neumann_eps num_cayley_neumann_terms "
+        settings=settings.psoft,
+        used=_keys("psoft_svd psoft_orth ab_svd_init cayley_neumann_eps num_cayley_neumann_terms "
               "use_cayley_neumann"),
-        _keys("r psoft_alpha psoft_dropout psoft_mag_a psoft_mag_b psoft_svd_lowrank_niter "
+        neutral=_keys("r psoft_alpha psoft_dropout psoft_mag_a psoft_mag_b psoft_svd_lowrank_niter "
               "random_seed"),
         sizes={"r": "r"},
     ),
@@ -364,13 +351,12 @@ PEFT_KINDS: dict[str, PeftKind] = {
     "ADAMSS": PeftKind(
         "adamss",
         {".adamss_A.{}": "a.{}", ".adamss_B.{}": "b.{}", ".adamss_newB": "basis"},
-        lambda _: (None, None),
-        lambda values, _: {
+        settings=lambda values, _: {
             "groups": values.count("num_subspaces"),
             "seed": values.whole("random_seed"),
         },
-        _keys("num_subspaces random_seed"),
-        _keys(
+        used=_keys("num_subspaces random_seed"),
+        neutral=_keys(
             "r subspace_rank use_dynamic_rank svd_threshold use_asa asa_importance_beta "
             "asa_schedule_exponent asa_target_subspaces asa_uncertainty_beta init_warmup "
             "final_warmup mask_interval"
