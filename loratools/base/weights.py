@@ -105,8 +105,16 @@ def names_under(adapter: Adapter, base: Checkpoint, modules: Collection[str]) ->
     return Names(replace(checkpoint, tensors=tensors))
 
 
-def find_base_module(names: Names, name: str, delta: LowRank | KindDelta) -> BaseModule:
+def find_base_module(
+    names: Names, name: str, delta: LowRank | KindDelta, *, only_read: bool = False
+) -> BaseModule:
     """Return where the weight of a module is.
+
+    Args:
+        names: of the base.
+        name: of the module.
+        delta: its change.
+        only_read: whether nothing will be written where it is; it may be in a stack then.
 
     Raises:
         AdapterError: no tensor of the base fits, or several do.
@@ -121,7 +129,7 @@ def find_base_module(names: Names, name: str, delta: LowRank | KindDelta) -> Bas
             tensor=name,
             hint=f"Nearest names: {near}",
         )
-    if any(site.plane is not None for site in found):
+    if not only_read and any(site.plane is not None for site in found):
         raise UnsupportedError(
             "weights of single experts in a stack are not supported here",
             tensor=name,
@@ -156,13 +164,18 @@ def is_fused(names: Names, name: str) -> bool:
 
 def _pieces(names: Names, name: str, delta: LowRank | KindDelta, site: Site) -> Sequence[Piece]:
     stored = names.tensors[site.key]
-    if site.part is None and site.share is None:
+    if site.plane is not None:
+        stored = stored.matrix(site.plane)
+        transposed = cut_is_transposed(names, site.key, delta, stored.shape, stacked=True)
+    elif site.part is None and site.share is None:
         transposed = whole_is_transposed(names, name, delta, stored.shape)
     else:
         by = name if site.part is None else site.part.module
         transposed = cut_is_transposed(names, by, delta, stored.shape)
     total = math.prod(stored.shape[1:]) if transposed else stored.shape[0]
     spans = ((0, total),) if site.part is None else part_spans(names, site.part, total)
+    if site.alternates:
+        spans = tuple((i, i + 1) for first in range(2) for i in range(first, total, 2))
     return [Piece(stored, transposed, start, stop) for start, stop in spans]
 
 

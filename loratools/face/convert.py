@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from loratools.base.named_base import about_base
 from loratools.face.declare import Progress, public
-from loratools.face.result import AdapterResult, Result, check_error
+from loratools.face.result import AdapterResult, Reported, check_error
 from loratools.face.source import IN_PLACE, READING, ModelPlace, Source, destination, opened
 from loratools.folding.expert_order import overruled
 from loratools.operations.convert.compare_written import ConversionCheck, compared
@@ -85,7 +85,7 @@ class ConvertResult(AdapterResult):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class WriteResult(Result):
+class WriteResult(Reported):
     """An adapter that was written, and read again.
 
     Attributes:
@@ -308,6 +308,7 @@ def write(
             losses=done.losses,
             relative_error=done.relative_error or 0.0,
             other_error=done.other_error or 0.0,
+            findings=done.findings,
         )
     found: list[ConversionCheck] = []
 
@@ -321,6 +322,7 @@ def write(
         losses=(),
         relative_error=found[0].relative_error,
         other_error=found[0].other_error,
+        findings=(*adapter.notices, *get_format(chosen).writing_findings(adapter)),
     )
 
 

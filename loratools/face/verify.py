@@ -9,7 +9,7 @@ from typing import ClassVar, TypeGuard
 
 from loratools.face.declare import Progress, public
 from loratools.face.fuse import fuse_inputs
-from loratools.face.result import Result
+from loratools.face.result import Reported
 from loratools.face.source import Model, Weighted, model
 from loratools.hub.references import path_of
 from loratools.operations import verify as operation
@@ -20,7 +20,7 @@ from loratools_formats.checkpoints.pipelines import is_pipeline
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class VerifyResult(Result):
+class VerifyResult(Reported):
     """What was found in a checkpoint.
 
     Attributes:
@@ -74,8 +74,13 @@ def verify(
         found = operation.verify(
             model(fused), model(base), inputs, workers=threads.workers, progress=progress
         )
+    told = dict.fromkeys(each for item in inputs for each in item.adapter.notices)
     return VerifyResult(
-        contained=found.contained, told=found.told, counts=found.counts, tensors=found.tensors
+        contained=found.contained,
+        told=found.told,
+        counts=found.counts,
+        tensors=found.tensors,
+        findings=tuple(told),
     )
 
 

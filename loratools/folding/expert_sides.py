@@ -15,6 +15,9 @@ from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import LowRank
 from loratools_formats.core.orientation import exchanged
 
+ASSUMED = "expert-side-assumed"
+"""Code of the reader's finding about stacks whose side nothing but a release tells."""
+
 
 def lacks_sides(adapter: Adapter) -> bool:
     """Return whether the file of an adapter leaves open on which side of some stack A is."""
@@ -45,7 +48,10 @@ def with_sides(adapter: Adapter, base: Checkpoint | None) -> Adapter:
         if swapped is not None and lies is not None:
             layer = replace(layer, transposed_if_square=swapped != lies)
         modules[name] = modules[name].with_direction(replace(part, layer=layer))
-    return replace(adapter, modules=modules)
+    told = replace(adapter, modules=modules)
+    if lacks_sides(told):
+        return told
+    return replace(told, findings=tuple(f for f in adapter.findings if f.code != ASSUMED))
 
 
 def _unknown(adapter: Adapter) -> dict[str, LowRank]:

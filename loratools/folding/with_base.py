@@ -119,7 +119,9 @@ class Opener:
             if is_fused(names, in_base[name]):
                 self.fused.append(name)
             if needs_base(delta) or not is_in_stack(names, in_base[name]):
-                places[name] = find_base_module(names, in_base[name], delta.direction)
+                places[name] = find_base_module(
+                    names, in_base[name], delta.direction, only_read=True
+                )
         return places
 
     def refuse_tied(self, base: Checkpoint) -> None:

@@ -18,6 +18,7 @@ from loratools.base.placement.orient import stack_is_transposed
 from loratools.base.placement.pieces import is_whole, pieces, put_together
 from loratools.base.placement.place import module_placements, unmatched
 from loratools.base.placement.sites import sites
+from loratools.base.placement.tied_head import with_tied_heads
 from loratools_formats.checkpoints import expert_classes
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.facts import DEFAULT_HEAD, head_of
@@ -53,6 +54,7 @@ def in_class_names(
     """
     stored = dequantised(base).checkpoint
     names = Names(stored if as_stored else class_view(stored).checkpoint)
+    adapters = [with_tied_heads(names, adapter) for adapter in adapters]
     changes = [_by_weight(names, adapter) for adapter in adapters]
     paths = _paths({key for each in changes for key in each})
     return [

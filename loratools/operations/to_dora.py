@@ -173,7 +173,7 @@ def _one(
         raise UnsupportedError(
             "stacked experts cannot be a DoRA, since PEFT has none for them", tensor=name
         )
-    place = find_base_module(names, in_base, delta)
+    place = find_base_module(names, in_base, delta, only_read=True)
     ((b, a),) = loaded(delta)
     change = rows_of(Product(delta.scale * b.astype(np.float64), a.astype(np.float64)))
     norms = output_norms(place.weight(), change)

@@ -264,7 +264,7 @@ def model_of(code, path, options):
         return str(GOLDEN / "frod" / "base.safetensors")
     if code == "LT115":
         return str(with_linear_attention(path.parent / "base"))
-    if code in ("LT411", "LT517"):
+    if code in ("LT405", "LT411", "LT517"):
         return str(of_experts(path.parent / "base"))
     modules = [
         name.replace("q_proj", "c_attn" if code == "LT512" else "q_proj") for name in MODULES

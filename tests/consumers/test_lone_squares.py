@@ -114,6 +114,11 @@ def test_what_no_stacked_file_can_say_is_told(tmp_path):
         assert "3d --to peft --base BASE " in told.value.hint
     done = lt.squeeze(tmp_path / "3d", rank=2, output=tmp_path / "small")
     assert "experts-laid-out" in {finding.code for finding in done.findings}
+    written = lt.write(lt.read(tmp_path / "3d"), tmp_path / "written")
+    (told,) = [finding for finding in written.findings if finding.code == "experts-laid-out"]
+    assert "PEFT does not load" in told.message
+    assert "3d --to peft --base BASE " in told.hint
+    assert lt.read(tmp_path / "written").expert_layout.name == "3d"
     assert lt.read(tmp_path / "small").expert_layout.name == "3d"
     done = lt.convert(tmp_path / "3d", to="peft", base=model.base, output=tmp_path / "peft")
     assert any("it is on the outputs now" in finding.message for finding in done.findings)

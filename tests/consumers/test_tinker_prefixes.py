@@ -13,6 +13,7 @@ import tiny_models
 from safetensors.numpy import load_file, save_file
 
 import loratools as lt
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 torch = pytest.importorskip("torch")
 pytestmark = [
@@ -113,21 +114,88 @@ def test_layers_are_found_wherever_the_model_has_them(case, tmp_path):
     assert all(np.array_equal(stored[key], again[key]) for key in stored.keys() & again.keys())
 
 
-@pytest.mark.parametrize("source", ["raw", "peft"])
-def test_a_tied_output_layer_comes_to_stand_alone(source, tmp_path):
-    """Only the output layer is adapted; the embedding stays, and the fused model says so."""
+def changes(cls, base, fused):
+    """Return what fusing changed of the embedding and of the output layer, and if they are one."""
+    old, new = (cls.from_pretrained(folder).double() for folder in (base, fused))
+    assert old.lm_head.weight is old.model.embed_tokens.weight
+    before = old.lm_head.weight.detach().numpy()
+    ends = (new.model.embed_tokens.weight, new.lm_head.weight)
+    return (*(end.detach().numpy() - before for end in ends), ends[0] is ends[1])
+
+
+def test_a_tied_output_layer_changes_with_the_embedding(tmp_path):
+    """Tinker's own merge adds it to the weight that both share; PEFT's change is of one of them."""
+    from peft import PeftModel
+
     base = tmp_path / "base"
     cls, model = model_of("Qwen3_5MoeForCausalLM", base, tied=True)
-    embedding = model.model.embed_tokens.weight.detach().numpy().copy()
-    assert model.lm_head.weight is model.model.embed_tokens.weight
     delta = raw(tmp_path / "raw", model, "model", "model.unembed_tokens")["lm_head.weight"]
-    lt.convert(tmp_path / "raw", to="peft", base=base, output=tmp_path / "peft")
-    result = lt.fuse(base, tmp_path / source, output=tmp_path / "fused")
+    done = lt.convert(tmp_path / "raw", to="peft", base=base, output=tmp_path / "peft")
+    assert "head-alone" not in {finding.code for finding in done.findings}
+    lt.convert(tmp_path / "peft", to="tinker", base=base, output=tmp_path / "again")
+    stored, again = (
+        load_file(tmp_path / x / "adapter_model.safetensors") for x in ("raw", "again")
+    )
+    assert stored.keys() == again.keys()
+    assert all(np.array_equal(stored[key], again[key]) for key in stored)
+    for source in ("raw", "peft", "again"):
+        result = lt.fuse(base, tmp_path / source, output=tmp_path / f"{source}-fused")
+        codes = {finding.code for finding in result.findings}
+        assert {"stays-tied"} <= codes
+        assert ("head-of-both" in codes) == (source != "peft")
+        embedding, _, are_one = changes(cls, base, tmp_path / f"{source}-fused")
+        assert are_one
+        assert np.abs(embedding - delta).max() <= 2.0**-44
+        assert lt.verify(
+            tmp_path / f"{source}-fused", base=base, adapters=tmp_path / "raw"
+        ).contained
+    assert "LT408" not in {f.code for f in lt.check(tmp_path / "raw", base=base).findings}
+    tokens = torch.arange(1, 9)[None]
+    adapted = PeftModel.from_pretrained(model.float(), str(tmp_path / "peft"))  # its experts' type
+    fused = cls.from_pretrained(tmp_path / "raw-fused").float()
+    with torch.no_grad():
+        found, wanted = adapted(tokens).logits, fused(tokens).logits
+    assert (found - wanted).abs().max() <= 2.0**-16 * wanted.abs().max()
+
+
+def test_an_output_layer_alone_is_told_from_one_that_is_tied(tmp_path):
+    base = tmp_path / "base"
+    cls, model = model_of("Qwen3_5MoeForCausalLM", base, tied=True)
+    delta = raw(tmp_path / "raw", model, "model", "model.unembed_tokens")["lm_head.weight"]
+    done = [
+        lt.convert(tmp_path / "raw", to="peft", output=tmp_path / "alone"),
+        lt.squeeze(tmp_path / "raw", rank=RANK, output=tmp_path / "squeezed"),
+        lt.convert(tmp_path / "alone", to="tinker", output=tmp_path / "tinker"),
+    ]
+    for result in done:
+        assert "head-alone" in {finding.code for finding in result.findings}
+    result = lt.fuse(base, tmp_path / "alone", output=tmp_path / "fused")
     assert "untied" in {finding.code for finding in result.findings}
-    fused = cls.from_pretrained(tmp_path / "fused").double()
-    np.testing.assert_array_equal(fused.model.embed_tokens.weight.detach().numpy(), embedding)
-    head = fused.lm_head.weight.detach().numpy()
-    assert np.abs(head - embedding - delta).max() <= 2.0**-44
+    embedding, head, are_one = changes(cls, base, tmp_path / "fused")
+    assert not embedding.any()
+    assert not are_one
+    assert np.abs(head - delta).max() <= 2.0**-44
+    with pytest.raises(UnsupportedError, match="changes one of them alone"):
+        lt.convert(tmp_path / "alone", to="tinker", base=base, output=tmp_path / "no")
+    with pytest.raises(AdapterError, match="another adapter's is of the output layer alone"):
+        lt.merge([tmp_path / "raw", tmp_path / "alone"], output=tmp_path / "no")
+    lt.merge([tmp_path / "raw", tmp_path / "alone"], base=base, output=tmp_path / "both")
+    lt.fuse(base, tmp_path / "both", output=tmp_path / "both-fused")
+    embedding, head, _ = changes(cls, base, tmp_path / "both-fused")
+    assert np.abs(embedding - delta).max() <= 2.0**-44
+    assert np.abs(head - 2 * delta).max() <= 2.0**-43
+
+
+def test_a_head_that_is_stored_beside_a_tied_embedding_is_refused_with_both_ways(tmp_path):
+    base = tmp_path / "base"
+    _, model = model_of("Qwen3_5MoeForCausalLM", base, tied=True)
+    raw(tmp_path / "raw", model, "model", "model.unembed_tokens")
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedError, match="yet it stores both") as told:
+        lt.fuse(base, tmp_path / "raw", output=tmp_path / "no")
+    assert "output layer alone, or remove the tensor, which changes both" in told.value.hint
 
 
 def test_parts_that_peft_does_not_find_are_told_until_they_are_joined(tmp_path):

@@ -38,6 +38,8 @@ class Layer:
             the outputs: PEFT's layers may take a parameter's axes so. None if the file does not
             tell.
         grouped: for experts, whether the file has b's columns expert by expert, not rank by rank.
+        tied: for an output layer, whether the change is of the weight that it shares with the
+            embedding, where the model ties them: Tinker's is, and PEFT's is of the layer alone.
     """
 
     kind: Literal["linear", "conv", "embedding", "experts"]
@@ -46,6 +48,7 @@ class Layer:
     transposed_if_square: bool | None = False
     swapped: bool | None = None
     grouped: bool = False
+    tied: bool = False
 
 
 @dataclass(frozen=True, repr=False)

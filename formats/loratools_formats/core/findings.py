@@ -43,6 +43,7 @@ CODES: Mapping[str, str] = {
     "wrapped-names": "names have parts that training code left there",
     "posterior-spread": "the spread of a Bayesian LoRA is left out of every output",
     "expert-order-doubtful": "a marker states an order of experts that does not fit the values",
+    "expert-side-assumed": "only a release tells on which side A of square stacks of experts is",
     "expert-order-guessed": "factors of stacked experts are read in an assumed order",
     "projections-in-parts": "modules are parts of a projection that is one module in the model",
     "base-values": "tensors that replace the base's hold the base's own values",
@@ -54,6 +55,8 @@ CODES: Mapping[str, str] = {
     "classifier": "the fused model is a classifier now, and its configuration says so",
     # Writers.
     "dtype-fallback": "some factors cannot be stored in the type asked for",
+    "head-alone": "a change is of the output layer alone, and Tinker's of a tied embedding, too",
+    "head-of-both": "Tinker's change of the output layer is of the tied embedding, too",
     # Placing an adapter on its base, and fusing.
     "stays-tied": "the embedding and the output layer stay tied and change alike",
     "untied": "the embedding and the output layer are no longer tied",
@@ -76,6 +79,7 @@ CODES: Mapping[str, str] = {
     # Converting, extracting and merging.
     "experts-laid-out": "a layout needed factors of experts padded, doubled, folded or transposed",
     "expert-halves-assumed": "only the sizes show that gate and up are joined in halves",
+    "no-model-in-mlx": "mlx-lm has no model of the base's type",
     "base-unused": "the base model is not needed",
     "attachments-left-out": "the format has no place for the files beside the adapter",
     "names-stay": "names of modules stay, since no table of names is certain",

@@ -20,6 +20,7 @@ from loratools.base.placement.orient import cut_is_transposed, whole_is_transpos
 from loratools.base.placement.replacing import place_replacements
 from loratools.base.placement.sites import Site, sites
 from loratools.base.placement.tied import tied_changes
+from loratools.base.placement.tied_head import about_tied_heads, with_tied_heads
 from loratools.base.tied import shared_embeddings
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.facts import DEFAULT_HEAD, head_of
@@ -50,6 +51,7 @@ def place(adapter: Adapter, base: Checkpoint) -> Placements:
         UnsupportedError: a layout is ambiguous.
     """
     names = Names(base)
+    given, adapter = adapter, with_tied_heads(names, adapter)
     tied = tied_changes(names, adapter)
     missing: list[str] = []
     replaced = place_replacements(names, adapter, tied, missing)
@@ -74,7 +76,7 @@ def place(adapter: Adapter, base: Checkpoint) -> Placements:
         tuple(biases),
         (*tied.replacements, *replaced.placed),
         tied.untied,
-        (*tied.findings, *replaced.findings),
+        (*tied.findings, *about_tied_heads(given, adapter), *replaced.findings),
     )
 
 

@@ -129,10 +129,10 @@ def _same_deltas(adapter: Adapter, embedding: _End, head: _End) -> bool:
     one, other = adapter.modules[embedding.modules[0]], adapter.modules[head.modules[0]]
     if "dora" in (one.kind, other.kind) or one.factors is None or other.factors is None:
         return False
-    return _is_mirrored(one.factors, other.factors)
+    return is_mirrored(one.factors, other.factors)
 
 
-def _is_mirrored(embedding: LowRank, head: LowRank) -> bool:
+def is_mirrored(embedding: LowRank, head: LowRank) -> bool:
     """Return whether an output layer's change is the transposed one of an embedding, exactly."""
     import numpy as np
 

@@ -75,16 +75,18 @@ def _expert_axes(subject: Subject) -> Iterator[Found]:
     layout = adapter.expert_layout
     if layout is None or layout.name != "stacked":  # others have axes that no release exchanged
         return
+    if any(finding.code == "expert-side-assumed" for finding in adapter.findings):
+        return  # its reader tells more
     stacks = [n for n, change in adapter.modules.items() if change.layer.kind == "experts"]
     version = subject.config.get("peft_version")
     if not stacks or not isinstance(version, str):
         if stacks:
-            text = f"{_some(stacks)}: no PEFT version is recorded, and 0.19 exchanged the axes"
+            text = f"{_some(stacks)}: no PEFT version is recorded, and 0.19.1 exchanged the axes"
             yield Found(text, stacks[0], CONFIG_FILE)
         return
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
-    if numbers < _EXPERT_AXES:
-        text = f"{_some(stacks)}: made with PEFT {version}, and 0.19 exchanged the axes"
+    if numbers < _EXPERT_AXES or version == "0.19.0":
+        text = f"{_some(stacks)}: made with PEFT {version}, and 0.19.1 exchanged the axes"
         yield Found(text, stacks[0], CONFIG_FILE)
 
 
@@ -247,7 +249,8 @@ def _tied(subject: Subject) -> Iterator[Found]:
         for r in subject.adapter.replacements.values()
         if names.spelling(r.target).removesuffix(".weight") in ends
     ]
-    if len(hit) == 1:
+    of_both = {n for n, change in subject.adapter.modules.items() if change.layer.tied}
+    if len(hit) == 1 and hit[0] not in of_both:
         text = f"{hit[0]} is tied to another layer in the base, and the adapter changes one of them"
         yield Found(text, hit[0])
 
@@ -295,12 +298,12 @@ RULES = (
     Rule(
         "LT405", "expert-axes", "warning",
         "Factors of stacked experts come from a version of PEFT that exchanged their axes.",
-        "PEFT 0.19 and later exchange the inputs and outputs of such parameters. If both "
+        "PEFT 0.19.1 and later exchange the inputs and outputs of such parameters. If both "
         "have the same size, no error shows it.",
-        "Serve it with the version of PEFT that made it, or fuse it, since loratools reads both: "
-        "`loratools fuse BASE ADAPTER -o FUSED`.",
-        "peft.tuners.lora.layer.ParamWrapper, 0.18 and 0.19",
-        _expert_axes, key="peft_version",
+        "Write it as PEFT reads it now: "
+        "`loratools convert ADAPTER --peft-layout 0.19.1 --base MODEL -o NEW`.",
+        "peft.tuners.lora.layer.ParamWrapper, 0.18, 0.19.0 and 0.19.1",
+        _expert_axes, of_readers=("expert-side-assumed",), key="peft_version",
     ),
     Rule(
         "LT406", "not-in-base", "error",

@@ -19,6 +19,7 @@ from loratools.base.dequantised import dequantised
 from loratools.base.placement.flat_experts import experts_in
 from loratools.base.placement.names import Names
 from loratools.base.tied import find_tie
+from loratools.operations.convert import mlx_models
 from loratools.operations.in_class_names import in_class_names
 from loratools_formats.checkpoints import expert_classes
 from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
@@ -27,6 +28,7 @@ from loratools_formats.containers.gguf.container import is_gguf
 from loratools_formats.contract.commands import command_on
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import Layer, ModuleChange
+from loratools_formats.core.findings import Finding
 from loratools_formats.core.flat_experts import FLAT, SINGLE, singles_of
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import MissingFileError, UnsupportedError
@@ -75,6 +77,7 @@ _NOT_ALONE_IN_MLX = {
 }
 """By the model type of a whole checkpoint, modules that mlx-lm has in models of several parts."""
 _OTHER_BODY = re.compile(r"(?:transformer\.h|gpt_neox\.layers|model\.h)\.|(?:model\.)?embed_out$")
+_FUSE_INSTEAD = "Fuse the adapter into its base instead: loratools fuse BASE ADAPTER -o FUSED"
 _SEVERAL_PARTS = re.compile(r"^(?:model\.)?(?:language_model|vision_tower|visual|vision_model)\.")
 
 
@@ -115,6 +118,8 @@ def in_target_names(
     """
     checkpoint = checkpoint_of(adapter, base)
     if checkpoint is not None:
+        if target == "mlx":
+            _refuse_tied_head(adapter, checkpoint)
         if adapter.format == "mlx":
             adapter = _with_bodies(adapter, checkpoint, to_mlx=False)
         adapter = in_class_names([adapter], checkpoint, as_stored=as_stored)[0]
@@ -184,14 +189,23 @@ def _refuse_other_layers(adapter: Adapter, base: Checkpoint) -> None:
                     f"mlx-lm has no such layer in its models of type {kind}",
                     path=adapter.source,
                     tensor=module,
-                    hint="Fuse the adapter into its base instead: loratools fuse BASE ADAPTER "
-                    "-o FUSED",
+                    hint=_FUSE_INSTEAD,
                 )
 
 
+def _unknown_to_mlx(base: Checkpoint) -> str | None:
+    """Return the type of a base if mlx-lm has no model of it; None if it has, or none is told."""
+    kind = base.config.get("model_type")
+    return kind if isinstance(kind, str) and kind not in mlx_models.TYPES else None
+
+
 def _for_mlx(adapter: Adapter, base: Checkpoint) -> Adapter:
-    _refuse_tied_head(adapter, base)
     _refuse_other_layers(adapter, base)
+    unknown = _unknown_to_mlx(base)
+    if unknown is not None:
+        text = f"mlx-lm {mlx_models.RELEASE} has no model of type {unknown}, and cannot load this"
+        told = Finding("no-model-in-mlx", "warning", None, text, _FUSE_INSTEAD)
+        adapter = replace(adapter, findings=(*adapter.findings, told))
     adapter = _with_bodies(adapter, base, to_mlx=True)
     modules: dict[str, ModuleChange] = {}
     several = isinstance(base.config.get("text_config"), Mapping)
@@ -216,7 +230,7 @@ def _refuse_tied_head(adapter: Adapter, base: Checkpoint) -> None:
             "the output layer of this model is its embedding, and mlx-lm has no layer for it",
             path=adapter.source,
             tensor=head,
-            hint="Fuse the adapter into its base instead: loratools fuse BASE ADAPTER -o FUSED",
+            hint=_FUSE_INSTEAD,
         )
 
 
@@ -267,7 +281,7 @@ def _apart(
                 "mlx-lm has no such parameter: it keeps these experts as linear layers",
                 path=adapter.source,
                 tensor=change.layer.parameters[0],
-                hint="Fuse the adapter into its base instead: loratools fuse BASE ADAPTER -o FUSED",
+                hint=_FUSE_INSTEAD,
             )
         yield name, change
         return
@@ -275,6 +289,15 @@ def _apart(
     match = _STACK.fullmatch(parameter)
     types = sorted(model_types(base.config) & _SWITCH.keys())
     if match is None or not types:
+        unknown = _unknown_to_mlx(base)
+        if unknown is not None:
+            raise UnsupportedError(
+                f"mlx-lm {mlx_models.RELEASE} has no model of this type",
+                path=adapter.source,
+                tensor=parameter,
+                got=f"model type {unknown}",
+                hint=_FUSE_INSTEAD,
+            )
         raise UnsupportedError(
             "mlx-lm's name for these experts is not known",
             path=adapter.source,

@@ -173,6 +173,8 @@ def _refuse_nothing(
 def _refuse_other_form(made: Adapter, adapter: Adapter, target: Format) -> None:
     """Refuse an output that would not have the form that was asked for."""
     for told in target.writing_findings(made):
+        if told.severity == "note":
+            continue
         raise UnsupportedError(told.message, path=adapter.source, tensor=told.where, hint=told.hint)
 
 

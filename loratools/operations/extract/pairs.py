@@ -40,7 +40,7 @@ from loratools_formats.core.tensors import Buffer, TensorRef, equal_values, in_f
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 _LINEAR = Layer("linear")
-_STACKED = ("gate_up_proj", "down_proj")
+_STACKED = ("gate_up_proj", "up_proj", "down_proj")
 """Parameters of stacked experts, in the order in which transformers declares them."""
 _BUFFER = re.compile(
     r"(?:^|\.)(?:rotary_emb\.(?:original_)?inv_freq|rotary_pos_emb\.inv_freq|position_ids|token_type_ids"

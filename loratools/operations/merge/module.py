@@ -284,7 +284,7 @@ def _through_base(
             tensor=module.name,
             hint="Use another method",
         )
-    weight = find_base_module(base, in_base, module.first).weight()
+    weight = find_base_module(base, in_base, module.first, only_read=True).weight()
     sources = [_row_source(delta, weight, module) for delta in module.deltas]
     tasks = Tasks(sources, module.first.shape, run.seed, f"{module.name}#0", run.share_threshold)
     coefficients = None

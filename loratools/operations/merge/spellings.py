@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from loratools.base.placement.tied_head import as_class_has_heads
 from loratools.folding.expert_sides import on_side_of_peft, straightened, with_sides
 from loratools.operations.in_class_names import in_class_names
 from loratools.operations.merge.align import MergeInput
@@ -30,7 +31,10 @@ def in_one_spelling(inputs: Sequence[MergeInput], base: Checkpoint | None) -> li
     """
     if any(get_format(item.adapter.format).naming is not None for item in inputs):
         return list(inputs)
-    if base is not None:
+    if base is None:
+        _refuse_two_heads(inputs)
+    else:
+        inputs = [replace(i, adapter=as_class_has_heads(i.adapter, base)) for i in inputs]
         sided = [replace(item, adapter=with_sides(item.adapter, base)) for item in inputs]
         inputs = [
             _as_peft_has(item, item.adapter, base) if item.adapter.format == "peft" else item
@@ -57,6 +61,29 @@ def in_one_spelling(inputs: Sequence[MergeInput], base: Checkpoint | None) -> li
             got=f"{left[0][1]} and {left[1][1]}",
         )
     return done
+
+
+def _refuse_two_heads(inputs: Sequence[MergeInput]) -> None:
+    """Refuse output layers of which some are the embedding's, too, and others are not.
+
+    Raises:
+        AdapterError: there are both, and no base tells whether its embedding is tied.
+    """
+    found: dict[tuple[str, bool], MergeInput] = {}
+    for item in inputs:
+        for name, change in item.adapter.modules.items():
+            found.setdefault((name, change.layer.tied), item)
+    for (name, is_tied), item in found.items():
+        other = found.get((name, False))
+        if is_tied and other is not None:
+            raise AdapterError(
+                "the change of the output layer is of the embedding, too, if the model ties them, "
+                "as Tinker has it; another adapter's is of the output layer alone",
+                path=item.adapter.source,
+                tensor=name,
+                got=f"{item.name} and {other.name}",
+                hint="Pass `base`, which tells whether it ties them",
+            )
 
 
 def _of_class(inputs: Sequence[MergeInput], base: Checkpoint | None) -> list[MergeInput]:

@@ -13,6 +13,7 @@ from loratools_formats.contract.format import Context
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.alora import INVOCATION_TOKENS
 from loratools_formats.core.change import Layer, LowRank, ModuleChange
+from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.formats.gguf.architectures import ARCHITECTURES, Architecture, Module
 from loratools_formats.formats.gguf.base import read_base
@@ -88,7 +89,10 @@ def _whole(origin: _Origin, parts: Mapping[int, LowRank], sizes: Sizes | None) -
     """Put the parts of a module together, and their rows back in the model's order."""
     module = origin.module
     missing = [t for i, t in enumerate(module.tensors) if i not in parts]
-    if missing:
+    if missing and module.stacked:  # of gate and up, which have the same outputs
+        other = _unchanged(next(iter(parts.values())))
+        parts = {index: parts.get(index, other) for index in range(len(module.tensors))}
+    elif missing:
         raise UnsupportedError(
             "a fused module is adapted in part only",
             tensor=origin.path,
@@ -115,6 +119,14 @@ def _whole(origin: _Origin, parts: Mapping[int, LowRank], sizes: Sizes | None) -
     (columns,) = module.columns(first.shape[1], known)
     turned = in_order(first.a.transposed((1, 0)), _inverse(columns))
     return replace(first, a=turned.transposed((1, 0)))
+
+
+def _unchanged(other: LowRank) -> LowRank:
+    """Return factors of the same shapes, with the same A, that change nothing."""
+    nbytes = other.b.nbytes
+    return replace(
+        other, b=TensorRef(other.b.key, other.b.dtype, other.b.shape, lambda: bytes(nbytes))
+    )
 
 
 def _inverse(order: list[int]) -> list[int]:

@@ -8,7 +8,7 @@ carried; one that could change ΔW and is not understood is an error.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,7 @@ def _read(folder: Path, renamed: Path | None) -> Adapter:
         stored = plain(values, tensors, folder)
     values = dict(stored.values)
     found = _contents(values, stored.tensors, stored.straight, folder)
+    modules = _with_ties(found.modules, stored.tied)
     replacements: dict[str, Replacement] = {}
     carried = found.rest
     if found.modules or (values["peft_type"] == "LORA" and not _is_no_product(values)):
@@ -97,7 +98,7 @@ def _read(folder: Path, renamed: Path | None) -> Adapter:
     return Adapter(
         format="peft",
         source=renamed or folder,
-        modules=found.modules,
+        modules=modules,
         shared=found.shared,
         replacements=replacements,
         carried=carried,
@@ -117,6 +118,16 @@ def _read(folder: Path, renamed: Path | None) -> Adapter:
         expert_layout=layout,
         inputs=(original, config),
     )
+
+
+def _with_ties(
+    modules: Mapping[str, ModuleChange], tied: frozenset[str]
+) -> Mapping[str, ModuleChange]:
+    made = dict(modules)
+    for name in tied & made.keys():
+        part = made[name].require_factors()
+        made[name] = made[name].with_direction(replace(part, layer=replace(part.layer, tied=True)))
+    return made
 
 
 def _canonical(values: Mapping[str, Any], findings: Iterable[Finding]) -> Mapping[str, Any]:

@@ -28,6 +28,10 @@ _GATED = frozenset({"gate_up_proj", "input_linear", "fc1"})
 _ATTENTION = re.compile(r"(?:.*\.)?(?:self_attn|attention|attn|mixer)\.[qkv]_proj")
 
 
+BY_RELEASE = "PEFT 0.19.0 wrote it"
+"""What tells a side where no shape does."""
+
+
 class Sides(NamedTuple):
     """The columns of a stack's A and the rows of its B, as they are stored."""
 
@@ -88,7 +92,7 @@ def sides_told(
         of_all = known.pop(), "the other layers tell"
     elif not known and release(config) == RELEASE_0_19_0:
         # It read the axes the wrong way round of every class but Llama 4's.
-        told = True, "PEFT 0.19.0 wrote it"
+        told = True, BY_RELEASE
         return {path: of_all if of_open_class(path) else told for path in found}
     return {path: turned.get(path, of_all) for path in found}
 

@@ -14,6 +14,7 @@ Sources: `ParamWrapper` of peft 0.17 to 0.21; unsloth_zoo's `lora_B_layout` and
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ from loratools_formats.formats.peft.packing import (
 from loratools_formats.formats.peft.parameters import Setting
 from loratools_formats.formats.peft.sides import (
     BEFORE_0_19,
+    BY_RELEASE,
     RELEASE_0_19_0,
     Sides,
     of_open_class,
@@ -90,7 +92,8 @@ def stacks(
     Args:
         config: of the folder.
         pairs: every module's factors.
-        settings: of every module; a stack is one that names parameters and has several experts.
+        settings: of every module; a stack is one that names parameters and has several experts, or
+            the one expert of a parameter that is always a stack.
         straight: modules whose A is known to be on the inputs, and whose B is rank by rank.
         folder: for messages.
 
@@ -100,7 +103,8 @@ def stacks(
     found = {
         path: pairs[path]
         for path, setting in settings.items()
-        if setting.names and _experts(pairs[path], setting) > 1
+        if setting.names
+        if _experts(pairs[path], setting) > 1 or all(map(_OF_STACK.search, setting.names))
     }
     inputs = {path: pair.a.shape[-1] for path, pair in pairs.items() if len(pair.a.shape) == 2}
     sides = {path: Sides(pair.a.shape[-1], pair.b.shape[0]) for path, pair in found.items()}
@@ -132,7 +136,37 @@ def stacks(
         result[path] = Stack(swapped, guessed.order, why, f"guessed: {guessed.why}")
         if not any(f.code == "expert-order-guessed" for f in findings):
             findings.append(guessed.finding(path, pair.b, experts, rank))
-    return result, findings
+    return result, [*findings, *_about_sides(config, sides, result, folder)]
+
+
+def _about_sides(
+    config: PeftConfig, sides: Mapping[str, Sides], lying: Mapping[str, Stack], folder: Path
+) -> list[Finding]:
+    """Return what to tell of squares whose side only the release that wrote them tells.
+
+    A release of transformers 4's time is taken at its word, and a file that names none is taken to
+    be of today's; both may be wrong, since programs keep the number that they read.
+    """
+    squares = [
+        path
+        for path, stack in lying.items()
+        if sides[path].x == sides[path].y
+        if stack.swapped is None or stack.told_by == BY_RELEASE
+    ]
+    version = config.values.get("peft_version")
+    if not squares or (version is not None and release(config) is None):
+        return []
+    stated = "the configuration names no release of PEFT" if version is None else f"PEFT {version}"
+    taken = "as PEFT has it since 0.19.1" if version is None else "as that release has it"
+    text = (
+        f"{squares[0]} is square, and nothing in the file but the release that wrote it tells on "
+        f"which side A is: {stated}, and it is read {taken}"
+    )
+    hint = (
+        "PEFT 0.19.1 and later do not look at the release; write it as they read it: loratools "
+        f"convert {shlex.quote(str(folder))} --peft-layout 0.19.1 --base BASE -o converted"
+    )
+    return [Finding("expert-side-assumed", "warning", squares[0], text, hint)]
 
 
 def layout_of(
@@ -147,6 +181,8 @@ def layout_of(
 
 
 _ONE = re.compile(r"\bexperts\.(?:\d+\.|(?:gate_up|down)_projs\.\d)")
+_OF_STACK = re.compile(r"(?:^|\.)experts\.(?:gate_up|up|down)_proj$")
+"""Parameters that have an axis for the experts in every model, however many there are."""
 _DOUBTED = 4
 """Most stacks whose values are compared with a marker."""
 

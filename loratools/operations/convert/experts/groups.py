@@ -101,6 +101,26 @@ def sorted_experts(adapter: Adapter, base: Checkpoint | None) -> Sorted:
     return found
 
 
+def refuse_no_pairs(adapter: Adapter, found: Sorted, layout: str | None) -> None:
+    """Refuse single experts that are no plain LoRAs, which only their own layout holds.
+
+    Raises:
+        UnsupportedError: another layout is asked for, and there are some.
+    """
+    if layout in (None, "each"):
+        return
+    for path, change in found.others.items():
+        if _SINGLE.fullmatch(path):
+            raise UnsupportedError(
+                f"experts that are no plain LoRAs cannot be written as {layout}",
+                path=adapter.source,
+                tensor=path,
+                got=change.kind,
+                hint="Make it a plain LoRA first: "
+                + command_on(adapter, "to-lora", "--base BASE --rank RANK"),
+            )
+
+
 def straightened(adapter: Adapter, base: Checkpoint | None) -> Adapter:
     """Return an adapter whose stacks all have A on the inputs.
 

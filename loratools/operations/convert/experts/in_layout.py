@@ -14,6 +14,7 @@ from pathlib import Path
 from loratools.base.dequantised import dequantised
 from loratools.base.placement.class_view import class_view
 from loratools.base.placement.names import Names
+from loratools.base.placement.tied_head import as_class_has_heads
 from loratools.folding.expert_sides import lacks_sides, with_sides
 from loratools.operations.convert.class_names import checkpoint_of
 from loratools.operations.convert.experts.apart import of_one_rank
@@ -77,6 +78,8 @@ def in_layout(
         if whole:
             adapter = retargeted(adapter, {**adapter.modules, **whole})
             adapter = replace(adapter, modules={**adapter.modules, **whole})
+    if target == "peft" and wanted.layout != "tinker":
+        adapter = as_class_has_heads(adapter, checkpoint)
     if target == "mlx":
         return _uniform(in_names(straightened(adapter, checkpoint))), wanted, ()
     adapter = with_sides(adapter, checkpoint)

@@ -23,6 +23,7 @@ from loratools.operations.convert.experts.groups import (
     base_hint,
     has_gate,
     order_of,
+    refuse_no_pairs,
     sorted_experts,
     types_of,
 )
@@ -87,6 +88,7 @@ def laid_out(
     if not wanted.is_given and not _has_other_sides(adapter, base):
         return adapter, ()
     found = sorted_experts(adapter, base)
+    refuse_no_pairs(adapter, found, wanted.layout)
     if not found.groups and wanted.layout != "tinker":
         return _rest(adapter, wanted, found.others, ())
     made, told = _MAKERS[wanted.layout or _own(found)](adapter, wanted, found, base)
@@ -326,7 +328,8 @@ def _apart(group: Group) -> Group:
 def _as_tinker(adapter: Adapter, wanted: Wanted, found: Sorted, base: Checkpoint | None) -> _Made:
     """Return experts one by one, which the writer stacks under Tinker's names."""
     made, told = _as_each(adapter, wanted, found, base)
-    made = in_tinker_names(adapter, made, base)
+    made, alone = in_tinker_names(adapter, made, base)
+    told = (*told, *alone)
     apart = sorted_experts(replace(adapter, modules=made), None)
     experts = counted(adapter, apart.groups, base)
     if any(group.single for group in found.groups.values()):
@@ -385,6 +388,7 @@ def of_release(config: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:
     if wanted.peft == "0.18":
         return {**config, "peft_version": _OLD}
     version = str(config.get("peft_version") or "")
-    if version.startswith(("0.17", "0.18", "0.19.0")):
+    is_unsaid = wanted.peft is not None and not version
+    if is_unsaid or version.startswith(("0.17", "0.18", "0.19.0")):
         return {**config, "peft_version": _NEW}
     return dict(config)

@@ -15,11 +15,13 @@ from loratools.base.placement import rules
 from loratools.base.placement.changes import Span
 from loratools.base.placement.fused import FusedPart, mixed_spans
 from loratools.base.placement.names import Names
+from loratools.base.placement.tied_head import with_one_head
 from loratools.operations.in_class_names import in_class_names
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.commands import command_on
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import LowRank, ModuleChange
+from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef, in_memory
 from loratools_formats.disk.errors import UnsupportedError
 
@@ -27,6 +29,10 @@ _PREFIX = re.compile(
     r"(?:model\.language_model|language_model\.model|backbone|model)\.(?P<rest>layers\..+)"
 )
 _HEAD = re.compile(r"(?:language_model\.|model\.)?lm_head")
+_ALONE = (
+    "is of the output layer alone, and Tinker's change of it is of the embedding, too, if the "
+    "model ties the two; with `base`, that is refused"
+)
 _OWNER = re.compile(r"(?P<owner>.*\b(?P<block>linear_attn|mixer))\.(?P<leaf>\w+)")
 
 
@@ -67,8 +73,8 @@ def with_whole_projections(
 
 def in_tinker_names(
     adapter: Adapter, modules: Mapping[str, ModuleChange], base: Checkpoint | None
-) -> dict[str, ModuleChange]:
-    """Return modules under the names that Tinker has for them.
+) -> tuple[dict[str, ModuleChange], tuple[Finding, ...]]:
+    """Return modules under the names that Tinker has for them, and what to tell.
 
     Args:
         adapter: for messages.
@@ -76,11 +82,15 @@ def in_tinker_names(
         base: the base model.
 
     Raises:
-        UnsupportedError: a projection is adapted where Tinker has no part of it, or the base must
-            tell where its parts lie.
+        UnsupportedError: a projection is adapted where Tinker has no part of it, the base must
+            tell where its parts lie, or one of two tied layers changes alone.
     """
     made: dict[str, ModuleChange] = {}
+    modules = with_one_head(replace(adapter, modules=modules), base).modules
+    told: tuple[Finding, ...] = ()
     for name, change in modules.items():
+        if base is None and _HEAD.fullmatch(name) and not change.layer.tied:
+            told = (Finding("head-alone", "note", name, f"{name} {_ALONE}"),)
         path = "lm_head" if _HEAD.fullmatch(name) else name
         match = _PREFIX.fullmatch(name)
         if match is not None:
@@ -89,7 +99,7 @@ def in_tinker_names(
             if own in made:
                 raise UnsupportedError("two modules have one name in Tinker", tensor=own)
             made[own] = part
-    return made
+    return made, told
 
 
 def _parts(

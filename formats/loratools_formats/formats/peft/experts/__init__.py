@@ -35,6 +35,5 @@ def plain(values: Mapping[str, Any], tensors: Mapping[str, TensorRef], folder: P
     for layout in LAYOUTS:
         if layout.claims(found.tensors):
             check_value(values, "target_parameters", folder / CONFIG_FILE)
-            read = layout.read(found, folder)
-            found = read if found.layout is None else read.told(found.layout)
+            found = layout.read(found, folder).after(found)
     return found

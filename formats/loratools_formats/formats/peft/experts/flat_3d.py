@@ -1,8 +1,8 @@
 """PEFT's two names for stacked parameters, with an axis for the experts: vLLM's 3-D pairs.
 
-`experts.base_layer` is gate_up and `experts` is down, as in PEFT; A is (E, r, in) and B is
-(out, r, E), so both are PEFT's own bytes seen with another shape. Megatron-Bridge writes them
-(pull 5939, `stack_3d_moe`), and vLLM reads them.
+`experts.base_layer` is gate_up, or up where there is no gate, and `experts` is down, as in PEFT.
+A is (E, r, in) and B is (out, r, E), so both are PEFT's own bytes seen with another shape.
+Megatron-Bridge writes them (pull 5939, `stack_3d_moe`), and vLLM reads them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.formats.peft.experts.layout import (
     JOINED,
     NESTED,
+    UP,
     A,
     B,
     Layout,
@@ -70,7 +71,7 @@ def _read(found: Plain, folder: Path) -> Plain:
                 hint=f'Add target_parameters: ["{owner}.down_proj"], or gate_up_proj, to '
                 "adapter_config.json",
             )
-        leaf = JOINED[0] if path != owner else JOINED[1]
+        leaf = JOINED[1] if path == owner else _inward(b, pairs.get(owner, {}).get(A))
         stacks[path] = "" if stated else f"{owner}.{leaf}"
     return Plain(
         with_targets(found.values, made, stacks),
@@ -78,6 +79,17 @@ def _read(found: Plain, folder: Path) -> Plain:
         found.straight | stacks.keys(),
         ExpertLayout(LAYOUT.name, "stacked parameters with an axis for the experts (shapes tell)"),
     )
+
+
+def _inward(b: TensorRef, down: TensorRef | None) -> str:
+    """Return the parameter that maps into the experts, which down's inputs tell.
+
+    Args:
+        b: its (out, r, E).
+        down: A of the other parameter, (E, r, in); None if it is not adapted.
+    """
+    has_gate = down is None or b.shape[0] != down.shape[2]
+    return JOINED[0] if has_gate else UP
 
 
 LAYOUT = Layout("flat-3d", _claims, _read)

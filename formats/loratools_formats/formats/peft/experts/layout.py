@@ -20,6 +20,8 @@ SPLIT = ("gate_proj", "up_proj", "down_proj")
 """Projections of an expert, each a linear layer."""
 JOINED = ("gate_up_proj", "down_proj")
 """Projections of an expert where gate and up are one layer."""
+UP = "up_proj"
+"""Where there is no gate."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +33,18 @@ class Plain:
         tensors: by the names that PEFT saves.
         straight: modules of stacked parameters whose A is known to be on the inputs.
         layout: how it was stored; None if as PEFT has it.
+        tied: output layers whose change is of the embedding, too, where the model ties them.
     """
 
     values: Mapping[str, Any]
     tensors: Mapping[str, TensorRef]
     straight: frozenset[str] = frozenset()
     layout: ExpertLayout | None = None
+    tied: frozenset[str] = frozenset()
 
-    def told(self, by: ExpertLayout) -> Plain:
-        """Return it under the description that another layout gave it first."""
-        return replace(self, layout=by)
+    def after(self, before: Plain) -> Plain:
+        """Return it with what the layout that was read before it told."""
+        return replace(self, layout=before.layout or self.layout, tied=before.tied | self.tied)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,12 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from loratools_formats.contract.commands import command_on
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import LowRank
+from loratools_formats.core.dtypes import DType, common_dtype, encode
 from loratools_formats.core.factors import alpha_of
+from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef, have_same_bits, joined
 from loratools_formats.disk.errors import UnsupportedError
 from loratools_formats.formats.peft.experts.layout import A, B, named
@@ -98,7 +101,18 @@ def _stack(path: str, parts: list[TensorRef]) -> TensorRef:
             tensor=path,
             got=", ".join(str(list(shape)) for shape in sorted({part.shape for part in parts})),
         )
-    return joined(path, parts, (len(parts), *parts[0].shape))
+    dtype = common_dtype([part.dtype for part in parts])
+    of_one = [part if part.dtype == dtype else _widened(part, dtype) for part in parts]
+    return joined(path, of_one, (len(parts), *parts[0].shape))
+
+
+def _widened(tensor: TensorRef, dtype: DType) -> TensorRef:
+    """Return a factor in a wider type, which holds all of its values."""
+
+    def read() -> bytes:
+        return encode(tensor.load(), dtype).tobytes()
+
+    return TensorRef(tensor.key, dtype, tensor.shape, read)
 
 
 def _sides(adapter: Adapter, path: str, a: TensorRef, b: TensorRef) -> Iterator[TensorRef]:
@@ -127,6 +141,21 @@ def _all_share(adapter: Adapter, owner: str) -> bool:
     return all(
         have_same_bits(tensors[0], each) for tensors in sides.values() for each in tensors[1:]
     )
+
+
+def about_heads(adapter: Adapter) -> list[Finding]:
+    """Return findings about output layers that a file under PEFT's names changes alone."""
+    heads = [name for name, change in adapter.modules.items() if change.layer.tied]
+    if not heads or adapter.format != "peft" or adapter.write_as in TINKER:
+        return []
+    text = (
+        f"{heads[0]} is Tinker's change of the output layer, which is of the embedding, too, if "
+        "the model ties the two; under PEFT's names it is of the output layer alone"
+    )
+    hint = "For a model that ties them, give it first, and both are written: " + command_on(
+        adapter, "convert", "--to peft --base BASE", output="converted"
+    )
+    return [Finding("head-alone", "note", heads[0], text, hint)]
 
 
 def packed_config(adapter: Adapter, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 w1 is gate, w3 is up and w2 is down; without a gate, w1 is up and w3 is empty. All experts share A
 of w1 and w3 and B of w2, which have a first axis of 1, or none does. `unembed_tokens` is the output
-layer. Parts of projections (`in_proj_q`, `x_proj`) keep their names: where they lie in the model's
-own projection is known only from the base. Source: `tinker_cookbook/weights/_adapter.py` at
-9dfcc3a2.
+layer, and the embedding, too, where the model ties them. Parts of projections (`in_proj_q`,
+`x_proj`) keep their names: where they lie in the model's own projection is known only from the
+base. Source: `tinker_cookbook/weights/_adapter.py` at 9dfcc3a2.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ def _read(found: Plain, folder: Path) -> Plain:
     }
     made: dict[str, TensorRef] = {}
     moved: dict[str, list[str]] = {}
+    tied: set[str] = set()
     for name, tensor in found.tensors.items():
         path, part = factor(name) or ("", "")
         expert, attention = _EXPERT.fullmatch(path), _ATTENTION.fullmatch(path)
@@ -92,6 +93,7 @@ def _read(found: Plain, folder: Path) -> Plain:
                 made[named(moved[path][0], part)] = tensor
         elif _HEAD.fullmatch(path):
             moved[path] = ["lm_head"]
+            tied |= {"lm_head"} if path.endswith("unembed_tokens") else set()
             made[named("lm_head", part)] = tensor
         elif attention is not None:
             moved[path] = [f"{attention['before']}.self_attn.{attention['leaf']}"]
@@ -100,7 +102,8 @@ def _read(found: Plain, folder: Path) -> Plain:
             made[name] = tensor
     layout = ExpertLayout(LAYOUT.name, "as Tinker saves them (names tell)")
     values = with_patterns(found.values, moved, folder)
-    return Plain(with_targets(values, made, {}), made, found.straight, layout)
+    config = with_targets(values, made, {})
+    return Plain(config, made, found.straight, layout, frozenset(tied))
 
 
 LAYOUT = Layout("tinker", _claims, _read)
