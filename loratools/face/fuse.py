@@ -31,7 +31,6 @@ from loratools.operations.fuse.pipeline import PipelineFusion
 from loratools.operations.fuse.result import FusePreview
 from loratools.operations.fuse.result import FuseResult as Fused
 from loratools.work.json_object import hidden
-from loratools.work.provenance import DROPPED
 from loratools.work.requests import Reading, Writing
 from loratools.work.selection import Dropping
 from loratools.work.shard import Shard
@@ -230,8 +229,8 @@ def fuse(
             writing = destination(writing, None, [checkpoint, *read])
             fusion = Fusion(checkpoint, inputs, options)
     about = about_base(read, Path(base) if isinstance(base, str | os.PathLike) else base)
-    dropped = (each for item in read for each in item.findings if each.code == DROPPED)
-    plan = _plan(fusion.preview, fusion, progress, (*about, *dropped))
+    told = dict.fromkeys(notice for item in read for notice in item.notices)
+    plan = _plan(fusion.preview, fusion, progress, (*about, *told))
     if writing.output is None:
         return plan
     if not spreading.is_given:

@@ -9,7 +9,7 @@ from typing import ClassVar, TypeGuard
 
 from loratools.face.declare import Progress, public
 from loratools.face.fuse import fuse_inputs
-from loratools.face.result import Result
+from loratools.face.result import Reported
 from loratools.face.source import Model, Weighted, model
 from loratools.hub.references import path_of
 from loratools.operations import verify as operation
@@ -20,7 +20,7 @@ from loratools_formats.checkpoints.pipelines import is_pipeline
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class VerifyResult(Result):
+class VerifyResult(Reported):
     """What was found in a checkpoint.
 
     Attributes:
@@ -75,7 +75,11 @@ def verify(
             model(fused), model(base), inputs, workers=threads.workers, progress=progress
         )
     return VerifyResult(
-        contained=found.contained, told=found.told, counts=found.counts, tensors=found.tensors
+        contained=found.contained,
+        told=found.told,
+        counts=found.counts,
+        tensors=found.tensors,
+        findings=tuple(dict.fromkeys(note for item in inputs for note in item.adapter.notices)),
     )
 
 

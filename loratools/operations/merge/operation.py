@@ -193,8 +193,7 @@ def _check(inputs: Sequence[MergeInput], options: MergeOptions, method: Method) 
 
 
 def _config(first: Adapter, inputs: Sequence[MergeInput]) -> Any:
-    alike = [item.adapter for item in inputs if item.adapter.format == first.format]
-    return get_format(first.format).merged_config(alike)
+    return get_format(first.format).merged_config([item.adapter for item in inputs])
 
 
 class _Merge(Ranked[_Merged, Measured]):
