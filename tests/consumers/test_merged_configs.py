@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import loratools as lt
 from loratools.base.named_base import distinct_bases
-from loratools_formats.disk.errors import AdapterError
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in peft_oracle.WARNINGS]
 
@@ -137,3 +137,47 @@ def test_a_body_and_a_model_with_a_head_name_modules_differently(tmp_path):
 )
 def test_which_names_are_of_one_base(names, wanted):
     assert distinct_bases(names) == wanted
+
+
+@pytest.mark.parametrize(
+    "name", ["MixtralForCausalLM", "PhimoeForCausalLM", "GraniteMoeForCausalLM", "OlmoeForCausalLM"]
+)
+def test_routers_go_to_mlx_under_the_names_that_mlx_lm_has(name, tmp_path):
+    utils = pytest.importorskip("mlx_lm.utils")
+    tuner = pytest.importorskip("mlx_lm.tuner.utils")
+    base = tmp_path / "base"
+    model = tiny_models.made(name)
+    model.save_pretrained(base)
+    if name.startswith("Granite"):  # which mlx-lm wants at the top of the configuration
+        config = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps({**config, "rope_theta": 10000.0}))
+    routers = [
+        k for k, _ in model.named_parameters() if k.endswith(("gate.weight", "router.weight"))
+    ]
+    wanted = routed(tmp_path, tmp_path / "lora", name, routers)
+    lt.convert(tmp_path / "lora", to="mlx", base=base, output=tmp_path / "mlx")
+    loaded, _ = utils.load_model(base, strict=False)
+    tuner.load_adapters(loaded, str(tmp_path / "mlx"))
+    lt.convert(tmp_path / "mlx", to="peft", base=base, output=tmp_path / "back")
+    assert_equal(by_peft(tmp_path, tmp_path / "back", name), wanted)
+
+
+def routed(root, out, cls, routers):
+    """Save an adapter of routers by PEFT; return what it changes."""
+    saved(root, out, 1, cls=cls, target_modules=["o_proj"], target_parameters=routers)
+    return by_peft(root, out, cls)
+
+
+def test_routers_that_mlx_lm_cannot_adapt_are_refused(tmp_path):
+    pytest.importorskip("mlx_lm.tuner.utils")
+    import mlx.nn as nn
+    from mlx_lm.models import deepseek_v3
+
+    model = tiny_models.made("DeepseekV3ForCausalLM")
+    model.save_pretrained(tmp_path / "base")
+    routers = [key for key, _ in model.named_parameters() if key.endswith("mlp.gate.weight")]
+    routed(tmp_path, tmp_path / "lora", "DeepseekV3ForCausalLM", routers)
+    with pytest.raises(UnsupportedError, match="no such layer in its models of type deepseek_v3"):
+        lt.convert(tmp_path / "lora", to="mlx", base=tmp_path / "base", output=tmp_path / "mlx")
+    assert not issubclass(deepseek_v3.MoEGate, nn.Linear)
+    assert not hasattr(deepseek_v3.MoEGate, "to_lora")
