@@ -17,6 +17,7 @@ from loratools_formats.disk.strict_json import read_object
 
 _MAX_CONFIG_BYTES = 16 << 20
 _GENERIC = frozenset({"", "model", "diffusion-pytorch-model", "ggml-model"})
+_PARTS = re.compile(r"[\\/]")
 
 
 def about_base(adapters: Iterable[Adapter], base: Checkpoint | Path | None) -> tuple[Finding, ...]:
@@ -46,6 +47,23 @@ def about_base(adapters: Iterable[Adapter], base: Checkpoint | Path | None) -> t
     )
 
 
+def distinct_bases(names: Iterable[str | None]) -> list[str]:
+    """Return the base models that are named, each once and in order.
+
+    One path may be written in two ways, and a GGUF file records the last part of a local path only:
+    that is no name of its own beside the path.
+
+    >>> distinct_bases(["/models/llama", None, "/models/llama/", "llama", "org/other"])
+    ['/models/llama', 'org/other']
+    """
+    named = {
+        os.path.realpath(name) if os.path.exists(name) else name.rstrip("/\\"): name
+        for name in sorted(filter(None, names), reverse=True)
+    }
+    owned = {_key(name) for name in named if _PARTS.search(name)}
+    return sorted(n for path, n in named.items() if _PARTS.search(path) or _key(n) not in owned)
+
+
 def _shown(path: Path) -> str:
     return shown_name(path)
 
@@ -68,5 +86,5 @@ def _names(path: Path, config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _key(name: str) -> str:
-    last = re.split(r"[\\/]", name.rstrip("\\/"))[-1]
+    last = _PARTS.split(name.rstrip("\\/"))[-1]
     return re.sub(r"[^a-z0-9]+", "-", last.lower()).strip("-")

@@ -232,7 +232,7 @@ def fuse(
             writing = destination(writing, None, [checkpoint, *read])
             fusion = Fusion(checkpoint, inputs, options)
     about = about_base(read, Path(base) if isinstance(base, str | os.PathLike) else base)
-    told = (each for item in read for each in item.notices)
+    told = dict.fromkeys(notice for item in read for notice in item.notices)
     plan = _plan(fusion.preview, fusion, progress, (*about, *told))
     if writing.output is None:
         return plan

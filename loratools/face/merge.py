@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from loratools.algebra.ranks import RankRule
+from loratools.base.named_base import distinct_bases
 from loratools.face.declare import Progress, public
 from loratools.face.result import AdapterResult, check_error
 from loratools.face.source import (
@@ -265,7 +266,7 @@ def _fuse_instead(source: object, sources: Sequence[tuple[object, float]]) -> st
 
 
 def _findings(inputs: list[MergeInput]) -> tuple[Finding, ...]:
-    bases = sorted({item.adapter.base_model for item in inputs if item.adapter.base_model})
+    bases = distinct_bases(item.adapter.base_model for item in inputs)
     found = [notice for item in inputs for notice in item.adapter.notices]
     if len(bases) > 1:
         message = f"the adapters name different base models: {', '.join(bases)}"

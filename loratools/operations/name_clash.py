@@ -88,6 +88,23 @@ def name_clash(adapters: Sequence[Adapter]) -> tuple[Found, Found] | None:
         if len(spellings) > 1:
             one, other = list(spellings.values())[:2]
             return one, other
+    return _of_bodies(adapters)
+
+
+def _of_bodies(adapters: Sequence[Adapter]) -> tuple[Found, Found] | None:
+    """Return two names that differ by one leading part, such as `bert.`; None if there are none.
+
+    A body that is saved without its heads lacks that part. An adapter that has both names has two
+    modules of them.
+    """
+    loose = [{loose_name(module): module for module in adapter.modules} for adapter in adapters]
+    for first, longer in enumerate(loose):
+        for second, shorter in enumerate(loose):
+            for name, module in longer.items() if first != second else ():
+                tail = name.partition(".")[2]
+                both = tail in longer or name in shorter
+                if tail in shorter and not both and _NUMBERED.match(tail):
+                    return (first, module), (second, shorter[tail])
     return None
 
 

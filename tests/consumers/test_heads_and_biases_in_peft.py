@@ -134,3 +134,36 @@ def test_a_bias_of_lora_b_is_no_dora_that_peft_loads(tmp_path):
     trained("gpt2", tmp_path, target_modules=["c_attn"], fan_in_fan_out=True, lora_bias=True)
     with pytest.raises(UnsupportedError, match="no DoRA with one"):
         lt.to_dora(tmp_path / "lora", base=tmp_path / "base", output=tmp_path / "dora")
+
+
+def test_trained_tokens_of_a_live_model_are_read_under_its_adapters_name(tmp_path):
+    trained("llama", tmp_path, target_modules=["q_proj"], trainable_token_indices=[1, 5])
+    wanted = with_peft("llama", tmp_path / "lora")
+    file = tmp_path / "lora" / "adapter_model.safetensors"
+    live = {
+        key.replace(".weight", ".default.weight").replace("_delta", "_delta.default"): values
+        for key, values in load_file(file).items()
+    }
+    assert sum("trainable_tokens_delta.default" in key for key in live) == 1
+    save_file(live, file)
+    lt.fuse(tmp_path / "base", tmp_path / "lora", output=tmp_path / "fused")
+    found = type(model("llama")).from_pretrained(tmp_path / "fused").double().eval()
+    assert_close(logits(found), wanted, "llama")
+    lt.squeeze(tmp_path / "lora", energy=1.0, output=tmp_path / "as-saved")
+    assert_close(with_peft("llama", tmp_path / "as-saved"), wanted, "llama")
+
+
+def test_every_command_tells_of_a_tensor_that_none_applies(tmp_path):
+    trained("llama", tmp_path, target_modules=["q_proj"])
+    base, lora, fused = (tmp_path / name for name in ("base", "lora", "fused"))
+    file = lora / "adapter_model.safetensors"
+    key = "base_model.model.model.embed_tokens.factor"
+    save_file({**load_file(file), key: np.ones(3, np.float32)}, file)
+    for result in (
+        lt.fuse(base, lora, output=fused),
+        lt.verify(fused, base=base, adapters=lora),
+        lt.squeeze(lora, rank=1),
+        lt.merge([lora, lora]),
+    ):
+        (told,) = {finding for finding in result.findings if finding.code == "unknown-tensors"}
+        assert key in told.message

@@ -38,7 +38,7 @@ def test_every_pair_of_formats_is_merged_with_the_base(name, tmp_path):
         format_name = first if first in ("mlx", "gguf") else "peft"
         out = tmp_path / f"{first} {second}{'.gguf' if first == 'gguf' else ''}"
         pair = [spelled[first], spelled[second]]
-        done = lt.merge(pair, base=model.base, output=out, force_base=True)
+        done = lt.merge(pair, base=model.base, output=out)
         assert done.adapter.format == format_name, (first, second)
         if format_name == "gguf":  # which fuse takes for GGUF models only
             lt.convert(out, to="peft", base=model.base, output=tmp_path / f"{second} back")

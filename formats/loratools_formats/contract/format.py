@@ -229,9 +229,13 @@ class Format:
         return replace(adapter, modules=dict(modules), shared={})
 
     def merged_config(self, adapters: Sequence[Adapter]) -> Mapping[str, Any]:
-        """Return the configuration of an adapter made from several of this format.
+        """Return the configuration of an adapter made from several.
 
         Ranks and scales are left to `write`. By default it is the first adapter's.
+
+        Args:
+            adapters: the first is of this format; others may be of one whose modules have the same
+                names, and whose configurations say nothing here.
 
         Raises:
             AdapterError: settings that cannot both hold.

@@ -127,6 +127,23 @@ def stacked_on_loading(modules: Iterable[str]) -> list[str]:
     return [name for name in names if name in routers or _EXPERT.fullmatch(name)]
 
 
+_MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+_REFUSED_IN_MAMBA = frozenset({"out_proj", "conv1d"})
+
+
+def refused_modules(model_type: object, modules: Iterable[str]) -> list[str]:
+    """Return the modules that PEFT refuses to adapt in a model of a type.
+
+    Source: `_check_lora_target_modules_mamba` of peft 0.21.2.
+
+    >>> refused_modules("mamba", ["layers.0.mixer.in_proj", "layers.0.mixer.out_proj"])
+    ['layers.0.mixer.out_proj']
+    """
+    if model_type not in _MAMBA:
+        return []
+    return [name for name in modules if name.rpartition(".")[2] in _REFUSED_IN_MAMBA]
+
+
 def targets(names: Iterable[str], present: Iterable[str]) -> list[str] | str:
     r"""Return `target_modules` by which PEFT makes layers for some modules and for no others.
 

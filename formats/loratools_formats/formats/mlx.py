@@ -285,12 +285,14 @@ class Mlx(Format):
         )
 
     def merged_config(self, adapters: Sequence[Adapter]) -> Mapping[str, Any]:
-        """Return the first configuration, whose keys name the modules of all."""
+        """Return the first configuration, which names the modules of all, in as many layers."""
         config = dict(adapters[0].config)
-        parameters = dict(config.get("lora_parameters") or {})
-        if "keys" in parameters:
-            names = {name: delta for adapter in adapters for name, delta in adapter.modules.items()}
-            parameters["keys"] = _targets(names)
+        if len(adapters) == 1:
+            return config
+        names = {name: delta for adapter in adapters for name, delta in adapter.modules.items()}
+        parameters = {**(config.get("lora_parameters") or {}), "keys": _targets(names)}
+        if any(other.config.get("num_layers") != config.get("num_layers") for other in adapters):
+            config["num_layers"] = -1
         return {**config, "lora_parameters": parameters}
 
 

@@ -56,6 +56,13 @@ _SWITCH = {model: block for block, models in _BLOCKS.items() for model in models
 _STACK = re.compile(
     r"(?P<layer>.+\.\d+)\.(?:[a-z_]+\.)?experts\.(?P<leaf>gate_up_proj|up_proj|down_proj)"
 )
+_ROUTER = re.compile(r"(?P<layer>.+\.\d+)\.(?:mlp|block_sparse_moe)\.(?:router|gate)(?:\.layer)?")
+_ROUTERS = {
+    "granitemoe": "block_sparse_moe.router.layer",
+    "granitemoehybrid": "block_sparse_moe.router.layer",
+    **dict.fromkeys(("mixtral", "phimoe", "minimax", "minimax_m2"), "block_sparse_moe.gate"),
+}
+"""By model type, what mlx-lm calls the router, where that differs from the class's name."""
 _OF_NEMOTRON = {"up_proj": "fc1", "down_proj": "fc2"}
 _EXPERTS = re.compile(r"(?:^|\.)(?:switch_mlp|experts)(?:\.|$)")
 _BODIES = {
@@ -65,13 +72,20 @@ _BODIES = {
 }
 """By model type, how names begin in transformers and in mlx-lm, where they differ."""
 _NOT_IN_MLX = {
+    **dict.fromkeys(
+        (
+            "deepseek_v2", "deepseek_v3", "dots1", "exaone_moe", "glm4_moe", "glm4_moe_lite",
+            "laguna", "mimo_v2_flash", "muse_spark", "nemotron_h", "solar_open", "step3p5",
+        ),
+        re.compile(r".+\.(?:mlp|mixer|moe)\.gate"),
+    ),
     "nanochat": re.compile(r".+"),
     "bailing_hybrid": re.compile(r".+"),
     "minimax": re.compile(r".+\.self_attn\.(?:qkv_proj|out_proj|output_gate)"),
-    "deepseek_v32": re.compile(r".+\.kv_b_proj"),
-    "glm_moe_dsa": re.compile(r".+\.kv_b_proj"),
-}
-"""By model type, the modules that mlx-lm 0.32 divides otherwise."""
+    "deepseek_v32": re.compile(r".+\.(?:kv_b_proj|mlp\.gate)"),
+    "glm_moe_dsa": re.compile(r".+\.(?:kv_b_proj|mlp\.gate)"),
+}  # fmt: skip
+"""By model type, the modules that mlx-lm 0.32 divides otherwise, or makes no LoRA layers for."""
 _NOT_ALONE_IN_MLX = {
     "llama4_text": re.compile(r".+\.feed_forward\.(?:experts|router|shared_expert)\b.*"),
 }
@@ -283,7 +297,7 @@ def _apart(
                 tensor=change.layer.parameters[0],
                 hint=_FUSE_INSTEAD,
             )
-        yield name, change
+        yield _router(name, base), change
         return
     parameter = change.layer.parameters[0]
     match = _STACK.fullmatch(parameter)
@@ -313,6 +327,13 @@ def _apart(
         return
     for index, leaf in enumerate(("gate_proj", "up_proj")):
         yield f"{path}.{leaf}", _named(change, f"{path}.{leaf}", _half(b, index, types[0]))
+
+
+def _router(name: str, base: Checkpoint) -> str:
+    """Return a module's name in mlx-lm, which calls some routers as the model's files do."""
+    match = _ROUTER.fullmatch(name)
+    called = [_ROUTERS[each] for each in sorted(model_types(base.config) & _ROUTERS.keys())]
+    return f"{match['layer']}.{called[0]}" if match is not None and called else name
 
 
 def _half(b: TensorRef, index: int, model_type: str) -> TensorRef:

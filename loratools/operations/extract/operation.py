@@ -28,7 +28,7 @@ from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.findings import Finding
-from loratools_formats.core.peft_facts import replaced_name
+from loratools_formats.core.peft_facts import refused_modules, replaced_name
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 
@@ -107,6 +107,17 @@ def difference(
             hint=f"{pair.hint}: {comparison.pattern((p.module for p in placeless), others)}",
         )
     modules = _deltas([pair for pair in chosen if pair.use == "layer"])
+    refused = refused_modules(base.config.get("model_type"), modules)
+    if refused:
+        leaves = {name.rpartition(".")[2] for name in refused}
+        raise UnsupportedError(
+            "PEFT adapts no module of this name in a model of this type",
+            path=base.path,
+            tensor=refused[0],
+            got=f"{len(refused)} such modules that changed, in {base.config['model_type']}",
+            hint="Leave them out with `exclude`: "
+            + comparison.besides_given("|".join(rf"\.{leaf}$" for leaf in sorted(leaves))),
+        )
     replacements = {pair.key: pair.replacement() for pair in chosen if pair.use == "whole"}
     replacements |= comparison.heads
     if not modules and not replacements:

@@ -260,8 +260,11 @@ class Comparison:
             modules: their paths.
             shared: those that must stay.
         """
+        return self.besides_given(pattern_of(modules, set(shared)))
+
+    def besides_given(self, found: str) -> str:
+        """Return a pattern for `exclude` that leaves out what it does already, too."""
         given = self._selection.exclude
-        found = pattern_of(modules, set(shared))
         return shlex.quote(found if given is None else f"{given}|{found}")
 
     def _is_tied_copy(self, key: str, checkpoint: Checkpoint) -> bool:

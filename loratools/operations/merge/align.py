@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from loratools.base.named_base import distinct_bases
 from loratools_formats.contract.commands import command_on
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import LowRank, ModuleChange
@@ -128,11 +129,11 @@ def _check_weights(needing: set[str], inputs: Sequence[MergeInput]) -> None:
 
 
 def _check_bases(inputs: Sequence[MergeInput]) -> None:
-    bases = {item.adapter.base_model for item in inputs} - {None}
+    bases = distinct_bases(item.adapter.base_model for item in inputs)
     if len(bases) > 1:
         raise OptionError(
             "the adapters name different base models",
-            got=", ".join(sorted(map(str, bases))),
+            got=", ".join(bases),
             hint="Pass `force_base=True` if the weights they adapt are the same",
         )
 

@@ -158,8 +158,7 @@ def _folded(item: MergeInput, scratch_folder: Path | None) -> MergeInput:
 
 
 def _config(first: Adapter, inputs: Sequence[MergeInput]) -> Any:
-    alike = [item.adapter for item in inputs if item.adapter.format == first.format]
-    return get_format(first.format).merged_config(alike)
+    return get_format(first.format).merged_config([item.adapter for item in inputs])
 
 
 class _Merge(Ranked[_Merged, Measured]):

@@ -68,6 +68,12 @@ class Peft(Format):
 
         return losses(adapter)
 
+    def without_place(self, adapter: Adapter, context: Context) -> list[Loss]:
+        """Return the modules that PEFT refuses to adapt in a model of the base's type."""
+        from loratools_formats.formats.peft.loading import refused_in
+
+        return [] if context.base is None else refused_in(context.base, adapter.modules)
+
     def write(self, adapter: Adapter, path: Path) -> None:
         """Write configuration, weights and attachments."""
         from loratools_formats.formats.peft.write import write

@@ -8,12 +8,16 @@ to no layer with a warning. Source: `check_target_module_exists` in peft/tuners/
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
 from loratools_formats.checkpoints.facts import is_vocabulary
+from loratools_formats.contract.format import Loss
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.findings import Finding
+from loratools_formats.core.peft_facts import refused_modules
 from loratools_formats.disk.errors import AdapterError
 from loratools_formats.formats.peft import keys
 from loratools_formats.formats.peft.config import CONFIG_FILE
@@ -49,6 +53,14 @@ def loading_findings(adapter: Adapter) -> list[Finding]:
         hint = "Name the modules in target_modules"
         found.append(Finding("not-targeted", "error", names[missed[0]], text, hint))
     return [*found, *_targets_without_tensors(values, list(names)), *_unmatched(adapter)]
+
+
+def refused_in(base: Path, modules: Iterable[str]) -> list[Loss]:
+    """Return the modules that PEFT refuses to adapt in a base model."""
+    kind = read_checkpoint(base).config.get("model_type")
+    reason = f"would be refused by PEFT, which adapts no module of that name in {kind}"
+    remedy = "Take such modules out with `drop`"
+    return [Loss(name, reason, remedy) for name in refused_modules(kind, modules)]
 
 
 def _not_targeted(values: Mapping[str, Any], names: list[str]) -> list[str]:

@@ -50,7 +50,7 @@ from loratools_formats.formats.peft.kinds.read import (
 from loratools_formats.formats.peft.kinds.table import PEFT_KINDS
 from loratools_formats.formats.peft.lora import caveats_of_lora, read_lora
 from loratools_formats.formats.peft.packing import MARKERS
-from loratools_formats.formats.peft.replacements import classify
+from loratools_formats.formats.peft.replacements import about_unknown, classify
 from loratools_formats.formats.peft.stacks import without_marks
 from loratools_formats.formats.peft.trainer_names import as_saved
 from loratools_formats.formats.peft.variants import lost_middle
@@ -111,6 +111,7 @@ def _read(folder: Path, renamed: Path | None) -> Adapter:
             *about_names,
             *_about_folder(folder, original.path.name),
             *_about_training(carried),
+            *about_unknown(values, carried),
             *(about_parts(found.modules) if is_tinkers else ()),
             *_about_loader(values["peft_type"], found.modules),
         ),

@@ -15,9 +15,10 @@ from typing import Any
 from loratools_formats.checkpoints.facts import is_vocabulary
 from loratools_formats.core.adapter import Replacement
 from loratools_formats.core.change import ModuleChange
+from loratools_formats.core.findings import Finding
 from loratools_formats.core.peft_facts import PREFIX
 from loratools_formats.core.tensors import TensorRef
-from loratools_formats.disk.errors import AdapterError
+from loratools_formats.disk.errors import AdapterError, printable
 from loratools_formats.formats.peft import keys
 
 _LORA_WORD = re.compile(r"(?<![a-z])lora(?![a-z])", re.IGNORECASE)
@@ -56,6 +57,23 @@ def classify(
         else:
             replacements[name] = Replacement(kind, target, tensor)
     return replacements | of_rows, carried
+
+
+def about_unknown(values: Mapping[str, Any], carried: Mapping[str, TensorRef]) -> list[Finding]:
+    """Tell of carried tensors that nobody here applies: PEFT may load them over the base's."""
+    unknown = [
+        name
+        for name in carried
+        if not _belongs_to_training(values, name) and not keys.saved_again(name)
+    ]
+    if not unknown:
+        return []
+    more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+    text = (
+        f"{printable(unknown[0])}{more}: not known, and applied by no command; PEFT loads "
+        "such a tensor over the base's of the same name, if there is one"
+    )
+    return [Finding("unknown-tensors", "warning", printable(unknown[0]), text)]
 
 
 def _belongs_to_training(values: Mapping[str, Any], name: str) -> bool:

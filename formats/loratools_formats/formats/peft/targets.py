@@ -26,7 +26,7 @@ def merged_config(adapters: Sequence[Adapter]) -> Mapping[str, Any]:
     """Return the first configuration, widened to cover what all the adapters hold.
 
     Args:
-        adapters: read from PEFT folders.
+        adapters: the first was read from a PEFT folder; of those that were not, the modules count.
 
     Raises:
         AdapterError: settings that cannot both hold, such as different token rows.
@@ -34,13 +34,16 @@ def merged_config(adapters: Sequence[Adapter]) -> Mapping[str, Any]:
     values = dict(adapters[0].config)
     if len(adapters) == 1:
         return values
-    configs = [adapter.config for adapter in adapters]
+    configs = [adapter.config for adapter in adapters if adapter.format == "peft"]
+    others = [adapter for adapter in adapters if adapter.format != "peft"]
     choosing = ("target_modules", *_NARROWING)
-    if any(config.get(key) != values.get(key) for config in configs for key in choosing):
+    differ = any(config.get(key) != values.get(key) for config in configs for key in choosing)
+    if others or differ:
         values["target_modules"] = _module_paths(adapters)
         values |= dict.fromkeys((key for key in _NARROWING if key in values), None)
-    for key in ("modules_to_save", "target_parameters"):
-        union = sorted({entry for config in configs for entry in config.get(key) or ()})
+    stacked = {p for other in others for c in other.modules.values() for p in c.layer.parameters}
+    for key, more in (("modules_to_save", set()), ("target_parameters", stacked)):
+        union = sorted({entry for config in configs for entry in config.get(key) or ()} | more)
         if union:
             values[key] = union
     for key in ("bias", "trainable_token_indices"):

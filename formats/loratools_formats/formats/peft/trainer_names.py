@@ -21,6 +21,7 @@ from loratools_formats.disk.errors import AdapterError, printable
 _PARTS = (
     r"lora_[ABN]|lora_embedding_[ABN]|lora_magnitude_vector|lora_diag|hada_[wt]\w+|lokr_[wt]\w+|ia3_l"
     r"|oft_[a-z]\w*|boft_[a-z]\w*|vera_lambda_[bd]|randlora_\w+|hra_u|miss_\w+|bone_\w+"
+    r"|trainable_tokens_delta"
 )
 _IN_MEMORY = re.compile(
     rf"(.+\.(?:{_PARTS}))\.(?!weight$|bias$|(?:{_PARTS})(?:\.|$))([^.]+)((?:\.weight|\.bias)?)"
@@ -28,7 +29,7 @@ _IN_MEMORY = re.compile(
 _ON_DISK = re.compile(rf".+\.(?:{_PARTS})(?:\.weight|\.bias)?")
 _SAVED_MODULE = re.compile(r"(.+)\.modules_to_save\.([^.]+)\.(.+)")
 _SAVED_BARE = re.compile(r"(.+)\.modules_to_save\.(weight|bias)")
-_WITHOUT_LEAF = ("lora_magnitude_vector",)
+_WITHOUT_LEAF = ("lora_magnitude_vector", "trainable_tokens_delta")
 
 
 def as_saved(
