@@ -97,6 +97,7 @@ WRAPPED = {
     "checkpointed": lambda key: key.replace(".mlp.", "._checkpoint_wrapped_module.mlp."),
     "in memory": lambda key: key.replace(".weight", ".default.weight"),
     "without prefix": lambda key: key.removeprefix("base_model.model."),
+    "PEFT in PEFT": lambda key: f"base_model.model.{key}",
 }
 
 

@@ -86,6 +86,9 @@ def _without_head(names: dict[str, str], seen: list[str]) -> None:
             seen.append("module")
             kept = head.removesuffix("module.")
             names.update({old: kept + name.removeprefix(head) for old, name in names.items()})
+    while names and all(name.startswith(2 * PREFIX) for name in names.values()):
+        seen.append(f"a second {PREFIX.removesuffix('.')}")  # of a PEFT model in a PEFT model
+        _apply(names, lambda name: name.removeprefix(PREFIX))
 
 
 def _without_copies(names: dict[str, str], seen: list[str]) -> None:
