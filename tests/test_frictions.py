@@ -199,7 +199,7 @@ def test_bytes_have_a_rate_of_bytes_and_nothing_is_divided_by_zero(capsys):
         ("fuse base a fused", "If fused is the output, write --output fused in its place"),
         ("merge a shelf/one", "no output given. Add --output PATH"),
         ("info shelf/on", r"Did you mean shelf/one\?"),
-        ("info https://civitai.com/models/1", "is an address.*Download the file"),
+        ("info https://civitai.com/models/1", "https://civitai.com/models/1: is an address"),
         ("convert a -o b --to gguv", "Did you mean 'gguf'"),
         ("convert a -o b --to foo", "Known formats: comfyui, diffusers"),
     ],

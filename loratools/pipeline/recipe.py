@@ -16,6 +16,7 @@ relative to the recipe's folder. Every error names its line and key.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,14 @@ def load_recipe(path: Path, given: Mapping[str, Any]) -> Recipe:
         AdapterError: it is too large, or no plain YAML.
         OptionError: something in it is not known or wrong; names the line and the key.
     """
+    if path.is_dir():
+        inside = sorted(path.glob("*.y*ml"))[:1]
+        raise AdapterError(
+            "is a folder",
+            path=path,
+            expected="a recipe, a YAML file",
+            hint=f"Name the file: loratools run {shlex.quote(str(inside[0]))}" if inside else None,
+        )
     try:
         content, lines = strict_yaml.loads_with_lines(read_small_file(path, MOST_BYTES))
     except strict_yaml.StrictYamlError as error:
@@ -67,7 +76,7 @@ def load_recipe(path: Path, given: Mapping[str, Any]) -> Recipe:
     if not isinstance(content, dict):
         raise at.fail((), "must be a map", got=type(content).__name__, expected="steps: …")
     if "method" in content and "steps" not in content:
-        hint = f"Run it with: loratools merge --recipe {path} -o OUTPUT"
+        hint = f"Run it with: loratools merge --recipe {shlex.quote(str(path))} -o OUTPUT"
         raise OptionError("this is a recipe of merge alone", path=path, hint=hint)
     made = _converted(content, given, at)
     reader = StepReader(at)

@@ -381,8 +381,10 @@ def test_hostile_recipes_are_refused_in_one_line(place, case):
 def test_files_that_are_no_recipes(place):
     with pytest.raises(MissingFileError):
         lt.run(place / "nothing.yaml")
-    with pytest.raises(AdapterError):
+    with pytest.raises(AdapterError, match=r"is a folder; expected a recipe, a YAML file$"):
         lt.run(place / "in")
+    with pytest.raises(AdapterError, match=r"Name the file: loratools run .*/release\.yaml"):
+        lt.run(place)
     os.mkfifo(place / "pipe.yaml")
     with pytest.raises(AdapterError, match="pipe"):
         lt.run(place / "pipe.yaml")

@@ -31,7 +31,7 @@ _MODEL_WEIGHTS = re.compile(
     r"(?:\.index\.json)?"
 )
 _HUB_ID = re.compile(r"(?:hf:/{1,2}|https?:/{1,2}huggingface\.co/)?([\w-][\w.-]*/[\w-][\w.-]*)/?")
-_ADDRESS = re.compile(r"https?:/")
+_ADDRESS = re.compile(r"(https?:)/+")
 _WEIGHTED = re.compile(r"(.+?)[=*@,](-?(?:\d+\.?\d*|\.\d+))")
 _OF_FILES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".nemo", ".json")
 _OTHER_WEIGHTS = {
@@ -66,7 +66,7 @@ def missing(path: str | os.PathLike[str]) -> MissingFileError:
     if _ADDRESS.match(text) and _HUB_ID.fullmatch(text) is None:
         return MissingFileError(
             "is an address, and only files here and names on the Hugging Face Hub are read",
-            path=path,
+            path=_ADDRESS.sub(r"\1//", text),  # of which a path keeps one slash
             hint="Download the file, and name it",
         )
     weighted = _WEIGHTED.fullmatch(text)
