@@ -227,15 +227,29 @@ def in_parts(
         waiting: deque[Future[list[Result]]] = deque()
         try:
             for start in range(0, len(parts), count):
-                if len(waiting) > lent:
+                some = parts[start : start + count]
+                if sum(not future.done() for future in waiting) < lent:
+                    own = contextvars.copy_context()
+                    waiting.append(team.helpers.submit(own.run, _each, function, some))
+                else:  # this thread works, too
+                    waiting.append(_done(function, some))
+                while waiting and (waiting[0].done() or len(waiting) > lent + 1):
                     yield from waiting.popleft().result()
-                own, some = contextvars.copy_context(), parts[start : start + count]
-                waiting.append(team.helpers.submit(own.run, _each, function, some))
             while waiting:
                 yield from waiting.popleft().result()
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def _done(function: Callable[[Item], Result], items: Iterable[Item]) -> Future[list[Result]]:
+    """Return what has been done already; an error waits for its place, too."""
+    found: Future[list[Result]] = Future()
+    try:
+        found.set_result(_each(function, items))
+    except Exception as error:  # noqa: BLE001 - it is raised where the result is asked for
+        found.set_exception(error)
+    return found
 
 
 def _each(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
