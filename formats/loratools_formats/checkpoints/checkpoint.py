@@ -168,6 +168,22 @@ def checkpoint_names(path: str | os.PathLike[str]) -> list[str]:
     return safetensors_names(target)
 
 
+def config_of(base: Path) -> dict[str, Any]:
+    """Return the configuration of a model, whose weights need not be there; empty if it has none.
+
+    Raises:
+        AdapterError: it is malformed.
+    """
+    place = base / CONFIG_FILE
+    if not place.exists():
+        return {}
+    file = RegularFile(place)
+    try:
+        return _config(file)
+    finally:
+        file.close()
+
+
 def _config(file: RegularFile) -> dict[str, Any]:
     config = read_object(file, _MAX_CONFIG_BYTES, name="config", max_depth=None)
     sections: list[Mapping[str, Any]] = [config]

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from loratools_formats.checkpoints.checkpoint import read_checkpoint
+from loratools_formats.checkpoints.checkpoint import config_of
 from loratools_formats.checkpoints.facts import is_vocabulary
 from loratools_formats.contract.format import Loss
 from loratools_formats.core.adapter import Adapter
@@ -57,7 +57,7 @@ def loading_findings(adapter: Adapter) -> list[Finding]:
 
 def refused_in(base: Path, modules: Iterable[str]) -> list[Loss]:
     """Return the modules that PEFT refuses to adapt in a base model."""
-    kind = read_checkpoint(base).config.get("model_type")
+    kind = config_of(base).get("model_type")
     reason = f"would be refused by PEFT, which adapts no module of that name in {kind}"
     remedy = "Take such modules out with `drop`"
     return [Loss(name, reason, remedy) for name in refused_modules(kind, modules)]
