@@ -141,7 +141,7 @@ def test_a_key_that_no_rule_claims_is_named_or_carried(tmp_path):
         ({"x.alpha": np.array(np.nan, np.float32)}, "alpha is not finite"),
         ({"x.lora_A.weight": np.ones((4, 6), np.int32)}, "floating-point"),
         ({"x.lora_A.weight": np.ones((3, 6), np.float32)}, "do not fit together"),
-        ({"x.lora_A.weight": np.ones((4, 6, 1, 1), np.float32)}, "numbers of dimensions"),
+        ({"x.lora_B.weight": np.ones((8, 4, 3, 3), np.float32)}, "numbers of dimensions"),
         ({"x.lora_mid.weight": np.ones((4, 3, 3, 3), np.float32)}, "of kind tucker"),
         ({"x.lora_down.weight": np.ones((4, 6), np.float32)}, "same part"),
         ({"x.dora_scale": np.ones(7, np.float32)}, "magnitude does not fit"),

@@ -89,8 +89,9 @@ class RegularFile:
         AdapterError: it is not a regular file, or may not be read.
     """
 
+    _fd = -1  # of one whose making a signal interrupted, too
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._fd = -1
         self.path = Path(path)
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
         flags |= getattr(os, "O_BINARY", 0)

@@ -162,9 +162,10 @@ def _about_sides(
         f"{squares[0]} is square, and nothing in the file but the release that wrote it tells on "
         f"which side A is: {stated}, and it is read {taken}"
     )
+    command = "loratools convert {} --peft-layout 0.19.1 --base BASE -o converted"
     hint = (
-        "PEFT 0.19.1 and later do not look at the release; write it as they read it: loratools "
-        f"convert {shlex.quote(str(folder))} --peft-layout 0.19.1 --base BASE -o converted"
+        "PEFT 0.19.1 and later do not look at the release; write it as they read it: "
+        + command.format(shlex.quote(str(folder)))
     )
     return [Finding("expert-side-assumed", "warning", squares[0], text, hint)]
 
