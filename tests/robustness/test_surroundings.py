@@ -116,7 +116,7 @@ def test_outputs_in_inputs_and_over_them(name, place, out, loratools):
     """
     given = state(place / "in")
     line = words(name)
-    first = place / line[1].partition(":")[0]
+    first = place / line[2 if line[0] == "fleet" else 1].partition(":")[0]
     at = next(i for i, word in enumerate(line) if word.startswith("out/"))
     overwrite = [] if name in table.NEVER_REPLACES else ["--overwrite"]
     targets = [first] if first.is_file() else [first, first / "inside"]

@@ -162,7 +162,7 @@ def _one_expert(
     if _is_transposed(names, parameter, part, (sum(sizes), shapes[0][1])):
         delta = delta.with_direction(exchanged(part))
     spans = joined_spans(sizes)
-    which = expert if part.experts > 1 else None
+    which = expert if part.layer.kind == "experts" else None
     return [
         Placement(
             key, module, delta, False, expert=which, rows=(spans[i],) if len(keys) > 1 else ()

@@ -123,7 +123,8 @@ class GgufFusion:
         }
         refuse_nothing(self.plans.values(), self.inputs)
         touched = [base.tensors[name] for name in self.plans]
-        self.findings = (*told, *_fallbacks(touched, kinds, options), *_joined(base))
+        read = dict.fromkeys(notice for item in inputs for notice in item.adapter.notices)
+        self.findings = (*read, *told, *_fallbacks(touched, kinds, options), *_joined(base))
 
     def _plan(self, name: str, changes: Sequence[WeightedChange]) -> TensorPlan:
         source = decoded(self.base.tensors[name])
