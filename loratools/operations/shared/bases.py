@@ -14,6 +14,7 @@ from loratools.work.scratch import Scratch
 from loratools_formats.contract.shared_set import Part
 from loratools_formats.core.dtypes import Array, DType
 from loratools_formats.core.tensors import TensorRef
+from loratools_formats.disk.errors import AdapterError
 
 
 @dataclass(frozen=True)
@@ -112,15 +113,35 @@ def fitted(
 
 
 def stored_bases(part: Part, *, diagonal: bool) -> list[Bases]:
-    """Return the bases of each matrix as a set stores them."""
-    u, v = part.u.load(np.float64), part.v.load(np.float64)
+    """Return the bases of each matrix as a set stores them.
+
+    Raises:
+        AdapterError: one holds NaN or infinite values.
+    """
+    u, v = finite(part.u), finite(part.v)
     pairs = zip(u.reshape(-1, *u.shape[-2:]), v.reshape(-1, *v.shape[-2:]), strict=True)
     return [Bases.of(one, other.T, diagonal=diagonal) for one, other in pairs]
 
 
+def finite(tensor: TensorRef) -> Array:
+    """Return the values of a stored basis or core in float64.
+
+    Raises:
+        AdapterError: some are NaN or infinite.
+    """
+    values = tensor.load(np.float64)
+    if not np.isfinite(values).all():
+        raise AdapterError("tensor of a shared set holds NaN or infinite values", tensor=tensor.key)
+    return values
+
+
 def cores_of(core: TensorRef, count: int, *, diagonal: bool) -> Array:
-    """Return the cores of a member: (E, kᵤ, kᵥ) float64, diagonal ones as matrices."""
-    values = core.load(np.float64)
+    """Return the cores of a member: (E, kᵤ, kᵥ) float64, diagonal ones as matrices.
+
+    Raises:
+        AdapterError: one holds NaN or infinite values.
+    """
+    values = finite(core)
     if not diagonal:
         return values.reshape(count, *values.shape[-2:])
     return np.stack([np.diag(row) for row in values.reshape(count, values.shape[-1])])

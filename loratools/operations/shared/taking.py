@@ -18,7 +18,7 @@ from loratools.algebra.device import Device
 from loratools.algebra.one_matrix import Matrix
 from loratools.lowrank.planned import PlannedFactors
 from loratools.lowrank.resize import ComputeOptions, Resizer
-from loratools.operations.shared.bases import cores_of
+from loratools.operations.shared.bases import cores_of, finite
 from loratools.work.declared import option
 from loratools.work.parallel import in_order
 from loratools.work.provenance import operation_record, record_metadata
@@ -170,8 +170,12 @@ def _change(
     shared: SharedSet,
     resizer: Resizer,
 ) -> tuple[ModuleChange, float, float]:
-    """Return a module's change, the squared error of its rounding, and its squared norm."""
-    u, v = part.u.load(np.float64), part.v.load(np.float64)
+    """Return a module's change, the squared error of its rounding, and its squared norm.
+
+    Raises:
+        AdapterError: a basis or a core holds NaN or infinite values.
+    """
+    u, v = finite(part.u), finite(part.v)
     cores = cores_of(part.core(place), part.experts, diagonal=shared.diagonal)
     triples = zip(u.reshape(-1, *u.shape[-2:]), cores, v.reshape(-1, *v.shape[-2:]), strict=True)
     matrices = [_matrix(*each) for each in triples]
