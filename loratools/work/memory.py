@@ -13,12 +13,12 @@ import contextlib
 import sys
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of glibc's malloc.h
-_KEPT_BYTES = 16 << 20
+_KEPT_BYTES = 64 << 20
 _OWN_MAPPING_BYTES = 8 << 20
 
 
 def keep_memory() -> None:
-    """Keep up to 16 MiB that are free, and reuse them for arrays below 8 MiB."""
+    """Keep up to 64 MiB that are free, and reuse them for arrays below 8 MiB."""
     if not sys.platform.startswith("linux"):
         return
     import ctypes
