@@ -26,6 +26,7 @@ from loratools.work.parallel import Workers
 from loratools.work.requests import Reading, Writing
 from loratools.work.selection import Dropping
 from loratools_formats.contract.files import write_adapter
+from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import OptionError
 from loratools_formats.disk.publish import publish_folder
@@ -284,7 +285,9 @@ def _taken(
 
 
 def _unshared(done: Sequence[taking.Taken]) -> FleetUnshareResult:
+    told = [get_format(one.adapter.format).writing_findings(one.adapter) for one in done]
     return FleetUnshareResult(
+        findings=tuple(dict.fromkeys(finding for each in told for finding in each)),
         made={one.name: one.adapter for one in done},
         relative_error=max(one.relative_error for one in done),
         adapters=tuple(

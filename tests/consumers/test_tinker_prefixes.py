@@ -220,3 +220,20 @@ def test_parts_that_peft_does_not_find_are_told_until_they_are_joined(tmp_path):
     joined = lt.read(tmp_path / "peft")
     assert "model.layers.0.linear_attn.in_proj_qkv" in joined.modules
     assert "projections-in-parts" not in {finding.code for finding in joined.findings}
+
+
+def test_a_set_keeps_that_a_change_is_of_both_layers(tmp_path):
+    _, model = model_of("Qwen3_5MoeForCausalLM", tmp_path / "base", tied=True)
+    raw(tmp_path / "raw", model, "model", "model.unembed_tokens")
+    lt.convert(tmp_path / "raw", to="peft", output=tmp_path / "alone")
+    both = {"one": tmp_path / "raw", "two": tmp_path / "raw"}
+    shared = tmp_path / "shared.safetensors"
+    lt.fleet_share(both, rank=RANK, output=shared)
+    taken = lt.fleet_unshare(shared, name="one", output=tmp_path / "one")
+    (head,) = (c for n, c in taken.made["one"].modules.items() if n.endswith("lm_head"))
+    assert head.layer.tied
+    assert "head-alone" in {finding.code for finding in taken.findings}
+    with pytest.raises(AdapterError, match=r"of the output layer alone.*--to peft --base BASE"):
+        lt.fleet_share({"raw": tmp_path / "raw", "alone": tmp_path / "alone"}, rank=RANK)
+    with pytest.raises(AdapterError, match="of the output layer alone"):
+        lt.fleet_add(shared, tmp_path / "alone", name="more")

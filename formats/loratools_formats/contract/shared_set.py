@@ -234,4 +234,5 @@ def _of_layer(layer: Layer) -> dict[str, Any]:
         "parameters": list(layer.parameters),
         "transposed_if_square": layer.transposed_if_square,
         "swapped": layer.swapped,
+        **({"tied": True} if layer.tied else {}),
     }

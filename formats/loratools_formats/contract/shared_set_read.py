@@ -193,6 +193,7 @@ def _layer(entry: Mapping[str, Any]) -> Layer:
         tuple(map(_text, entry["parameters"])),
         entry["transposed_if_square"],
         entry["swapped"],
+        tied=entry.get("tied") is True,
     )
 
 

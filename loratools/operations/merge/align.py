@@ -152,6 +152,20 @@ def _aligned(name: str, inputs: Sequence[MergeInput]) -> AlignedModule:
 def _matched(name: str, whole: ModuleChange, first: LowRank, item: MergeInput) -> ModuleChange:
     """Return the delta in the orientation of the first one."""
     delta = whole.require_factors()
+    if delta.layer.tied != first.layer.tied:
+        raise AdapterError(
+            "the change of the output layer is of the embedding, too, if the model ties them, as "
+            "Tinker has it; another adapter's is of the output layer alone",
+            path=item.adapter.source,
+            tensor=name,
+            hint="Give Tinker's the base, which tells whether it ties them: "
+            + command_on(
+                item.adapter if delta.layer.tied else None,
+                "convert",
+                "--to peft --base BASE",
+                output="converted",
+            ),
+        )
     if _identity(delta) == _identity(first):
         return whole
     if _is_pointwise(delta) and _is_pointwise(first) and delta.shape == first.shape:

@@ -31,9 +31,7 @@ def in_one_spelling(inputs: Sequence[MergeInput], base: Checkpoint | None) -> li
     """
     if any(get_format(item.adapter.format).naming is not None for item in inputs):
         return list(inputs)
-    if base is None:
-        _refuse_two_heads(inputs)
-    else:
+    if base is not None:
         inputs = [replace(i, adapter=as_class_has_heads(i.adapter, base)) for i in inputs]
         sided = [replace(item, adapter=with_sides(item.adapter, base)) for item in inputs]
         inputs = [
@@ -61,29 +59,6 @@ def in_one_spelling(inputs: Sequence[MergeInput], base: Checkpoint | None) -> li
             got=f"{left[0][1]} and {left[1][1]}",
         )
     return done
-
-
-def _refuse_two_heads(inputs: Sequence[MergeInput]) -> None:
-    """Refuse output layers of which some are the embedding's, too, and others are not.
-
-    Raises:
-        AdapterError: there are both, and no base tells whether its embedding is tied.
-    """
-    found: dict[tuple[str, bool], MergeInput] = {}
-    for item in inputs:
-        for name, change in item.adapter.modules.items():
-            found.setdefault((name, change.layer.tied), item)
-    for (name, is_tied), item in found.items():
-        other = found.get((name, False))
-        if is_tied and other is not None:
-            raise AdapterError(
-                "the change of the output layer is of the embedding, too, if the model ties them, "
-                "as Tinker has it; another adapter's is of the output layer alone",
-                path=item.adapter.source,
-                tensor=name,
-                got=f"{item.name} and {other.name}",
-                hint="Pass `base`, which tells whether it ties them",
-            )
 
 
 def _of_class(inputs: Sequence[MergeInput], base: Checkpoint | None) -> list[MergeInput]:
