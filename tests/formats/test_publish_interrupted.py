@@ -17,6 +17,25 @@ FILES |= {str(Path(publish.__file__).with_name("beside.py"))}
 OLD, NEW = {"out": b"old", "out.made": b"ours, old"}, {"out": b"new", "out.made": b"ours, new"}
 
 
+def never_between(work, old, new, place):
+    """Interrupt some work before each of its lines; assert that the old or the new is all there."""
+    seen = []
+    for number in range(1000):
+        folder = place / f"{number}"
+        folder.mkdir()
+        laid(folder, old)
+        stopped = interrupted(lambda folder=folder: work(folder), number)
+        found = state(folder)
+        assert found in (old, new), f"after line {number}"
+        assert {*os.listdir(folder)} <= {name.partition("/")[0] for name in (*old, *new)}
+        seen.append(found == new)
+        if not stopped:
+            break
+    assert not stopped
+    assert True in seen[:-1]
+    assert seen.count(False) > 30
+
+
 def interrupted(work, number):
     """Do some work, with Ctrl-C before its line number `number`; return whether it got there."""
     left = number
@@ -65,26 +84,13 @@ def test_a_file_and_what_belongs_beside_it(replaces, linked, tmp_path, monkeypat
         monkeypatch.setattr(renames, "_renamed", lambda *_: False)
     old = OLD if replaces else {}
 
-    def work():
+    def work(folder):
         marks = {"made": b"ours"}
         with publish_with(folder / "out", marks, overwrite=replaces) as (temporary, beside):
             temporary.write_bytes(NEW["out"])
             beside["made"].extend(NEW["out.made"])
 
-    seen = []
-    for number in range(1000):
-        folder = tmp_path / f"{number}"
-        folder.mkdir()
-        laid(folder, old)
-        stopped = interrupted(work, number)
-        found = state(folder)
-        assert found in (old, NEW), f"after line {number}"
-        seen.append(found == NEW)
-        if not stopped:
-            break
-    assert not stopped
-    assert True in seen[:-1]
-    assert seen.count(False) > 30
+    never_between(work, old, NEW, tmp_path)
 
 
 @pytest.mark.parametrize("replaces", [False, True])
@@ -95,23 +101,9 @@ def test_a_folder(replaces, exchanges, tmp_path, monkeypatch):
     old = {"out/a": b"old", "out/b": b"old"} if replaces else {}
     new = {"out/a": b"new", "out/b": b"new", "out/c": b"new"}
 
-    def work():
+    def work(folder):
         with publish_folder(folder / "out", overwrite=replaces) as temporary:
             for name in "abc":
                 (temporary / name).write_bytes(b"new")
 
-    seen = []
-    for number in range(1000):
-        folder = tmp_path / f"{number}"
-        folder.mkdir()
-        laid(folder, old)
-        stopped = interrupted(work, number)
-        found = state(folder)
-        assert found in (old, new), f"after line {number}"
-        assert set(os.listdir(folder)) <= {"out"}
-        seen.append(found == new)
-        if not stopped:
-            break
-    assert not stopped
-    assert True in seen[:-1]
-    assert seen.count(False) > 30
+    never_between(work, old, new, tmp_path)

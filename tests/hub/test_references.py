@@ -46,7 +46,7 @@ def test_references_say_what_they_name(text, repo, revision, inside, tmp_path, m
 
 @pytest.mark.parametrize(
     "text",
-    ["", "lora", "./me/tiny", "../tiny", "/tmp/nothing", "~/lora", "out/lora.safetensors",
+    ["", "lora", "./me/tiny", "../tiny", "/no/such/place", "~/lora", "out/lora.safetensors",
      "out/model.gguf", "https://example.com/me/tiny", "me/-tiny", "a b/c"],
 )  # fmt: skip
 def test_paths_are_no_references(text, tmp_path, monkeypatch):

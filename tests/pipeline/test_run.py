@@ -295,7 +295,7 @@ WRONG = [
     (step(SQUEEZE + "rank: 4\n  include: '('"), r"line 7, steps\[0\].include: not a regular"),
     (step(SQUEEZE + "rank: 4\n  dtype: i8"), r"line 7, steps\[0\].dtype: "),
     (step(SQUEEZE + "rank: 4\n  output: ../x"), r"line 7, steps\[0\].output: "),
-    (step(SQUEEZE + "rank: 4\n  output: /tmp/x"), r"line 7, steps\[0\].output: "),
+    (step(SQUEEZE + "rank: 4\n  output: /elsewhere/x"), r"line 7, steps\[0\].output: "),
     (step(SQUEEZE + "rank: 4\n  output: .hidden"), r"line 7, steps\[0\].output: "),
     (step(SQUEEZE + "rank: 4\n  overwrite: true"), r"line 7, steps\[0\].overwrite: unknown key"),
     (step(SQUEEZE), r"line 3, steps\[0\]: no rule for the ranks"),

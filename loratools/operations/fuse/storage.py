@@ -278,13 +278,9 @@ def no_longer_quantised(storage: Storage, dtype: str | None) -> list[Finding]:
             "quantised as they were"
         )
         return [Finding("no-longer-quantised", "note", None, message)]
-    message = (
-        f"weights are stored in 16 bits now; {len(dropped)} tensors that only said how they "
-        "were quantised are left out"
-        if dtype != "f32"
-        else f"weights are not quantised any more; {len(dropped)} tensors that only said how "
-        "they were are left out"
-    )
+    now = "not quantised any more" if dtype == "f32" else "stored in 16 bits now"
+    left = "1 tensor is" if len(dropped) == 1 else f"{len(dropped)} tensors are"
+    message = f"weights are {now}; {left} left out, which said only how they were quantised"
     return [
         Finding("no-longer-quantised", "note", None, message),
         *caveats(storage.base.weights.values()),
