@@ -431,6 +431,7 @@ CASES = {
     "LT218": (without_config, {"format": "safetensors"}),
     "LT409": lambda p: experts(p, lora_B_layout="grouped_by_expert"),
     "LT411": single_experts,
+    "LT414": lambda p: experts(p, lora_dropout=0.1),
     "LT412": (of_a_bare_body, {"base": base}),
     "LT517": (lambda p: single_experts(p, shared=False), {"target": ["unsloth"]}),
     "LT508": (lambda p: folder(p, use_rslora=True), {"target": ["sglang"]}),
