@@ -21,28 +21,41 @@ ALPHA_OF_TRAINERS = 1.0
 
 def common_alpha(
     format_name: str,
-    stated: Mapping[str, float | None],
+    parts: Mapping[str, LowRank | PlannedFactors | None],
     rule: RankRule,
     options: ComputeOptions,
+    *,
+    kept: bool = False,
 ) -> Scaling | None:
     """Return the scale of each module's new factors; None if the options decide.
 
     Args:
         format_name: of the file to write.
-        stated: the alpha of each module by its name, None where the input states none.
+        parts: the factors that modules have so far, by name; None for a module without factors.
         rule: how ranks are chosen.
         options: how to compute and store.
+        kept: whether some modules stay as they are.
     """
-    if format_name != "kohya" or rule.uniform or options.keep_alpha or not is_of_a_unet(stated):
+    one_rank = rule.uniform or (not kept and _is_one_rank(rule, parts))
+    if format_name != "kohya" or one_rank or options.keep_alpha or not is_of_a_unet(parts):
         return None
     counts: dict[str, Counter[float]] = {}
-    for name, alpha in stated.items():
+    for name, part in parts.items():
+        alpha = ALPHA_OF_TRAINERS if part is None else part.alpha
         if alpha is not None and alpha > 0:
             counts.setdefault(component(name), Counter())[alpha] += 1
-    alphas = {part: found.most_common(1)[0][0] for part, found in counts.items()}
+    alphas = {name: found.most_common(1)[0][0] for name, found in counts.items()}
 
     def scale(like: LowRank | PlannedFactors, rank: int) -> float:
         alpha = alphas.get(component(like.a.key))
         return 1.0 if alpha is None else alpha / rank
 
     return scale
+
+
+def _is_one_rank(rule: RankRule, parts: Mapping[str, LowRank | PlannedFactors | None]) -> bool:
+    """Return whether all modules get the same rank, which then is the alpha of all."""
+    rank = rule.rank
+    if rank is None or rule.patterns:
+        return False
+    return all(part is None or part.rank >= rank for part in parts.values())

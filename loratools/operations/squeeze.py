@@ -288,15 +288,16 @@ class _Squeeze(Ranked[_Squeezed, Measured]):
         groups = groups_of_one_rank(layers, self.source.format)
         self._group = {name: group for group in groups for name in group}
         self._device = Device(options.device)
-        stated = {name: like.alpha for name, like in self._like.items()}
-        alike = common_alpha(self.source.format, stated, rule, options)
+        chosen = _selected(self.source, self.whole, selection)
+        kept = len(chosen) < len(self.whole)
+        alike = common_alpha(self.source.format, self._like, rule, options, kept=kept)
         super().__init__(
             list(self.whole),
             rule,
             Resizer(options, Scratch(scratch_folder), rule.uniform, scaling or alike),
             input_nbytes=self.source.weights_nbytes,
             source=self.source.source,
-            chosen=_selected(self.source, self.whole, selection),
+            chosen=chosen,
             groups=groups,
             nbytes_of=nbytes_of,
         )

@@ -32,7 +32,7 @@ from loratools.kinds import get_kind
 from loratools.kinds.declaration import Product
 from loratools.lowrank.matrices import loaded
 from loratools.lowrank.resize import ComputeOptions, Resizer
-from loratools.operations.common_alpha import ALPHA_OF_TRAINERS, common_alpha
+from loratools.operations.common_alpha import common_alpha
 from loratools.operations.in_class_names import renamed_to_class
 from loratools.operations.one_rank import groups_of_one_rank
 from loratools.operations.ranked import Measured, Outcome, Ranked, ratio, share
@@ -257,8 +257,7 @@ class _ToLora(Ranked[_Converted, _Measured]):
         self._plain = plain_adapter(adapter, {})
         layers = {name: change.layer for name, change in adapter.modules.items()}
         parts = {name: change.factors for name, change in adapter.modules.items()}
-        stated = {n: ALPHA_OF_TRAINERS if p is None else p.alpha for n, p in parts.items()}
-        alike = common_alpha(self._plain.format, stated, rule, options)
+        alike = common_alpha(self._plain.format, parts, rule, options)
         super().__init__(
             list(adapter.modules),
             rule,

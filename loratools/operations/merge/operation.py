@@ -194,8 +194,8 @@ class _Merge(Ranked[_Merged, Measured]):
         if not modules and not self.whole:
             raise nothing_left()
         self._around = self._without_modules()
-        stated = {module.name: module.first.alpha for module in modules}
-        alike = common_alpha(self._around.format, stated, options.rule, options.compute)
+        parts = {module.name: module.first for module in modules}
+        alike = common_alpha(self._around.format, parts, options.rule, options.compute)
         super().__init__(
             list(self.modules),
             options.rule,
