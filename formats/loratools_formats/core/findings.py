@@ -79,6 +79,7 @@ CODES: Mapping[str, str] = {
     "files-left-out": "files beside the base are not carried over",
     # Converting, extracting and merging.
     "experts-laid-out": "a layout needed factors of experts padded, doubled, folded or transposed",
+    "experts-lost": "PEFT on transformers 5 loses parts of single experts when it stacks them",
     "expert-halves-assumed": "only the sizes show that gate and up are joined in halves",
     "no-model-in-mlx": "mlx-lm has no model of the base's type",
     "base-unused": "the base model is not needed",
