@@ -94,7 +94,7 @@ def formats(name: str | None = None) -> FormatsResult:
     [True]
 
     Args:
-        name: of one format, in capital or small letters; all by default.
+        name: the name of one format, in capital or small letters; all formats by default.
 
     Raises:
         UnknownFormatError: no format has the name, or that one is broken.
@@ -126,7 +126,7 @@ def methods(name: str | None = None) -> MethodsResult:
     [0.2]
 
     Args:
-        name: of one method, in capital or small letters; all by default.
+        name: the name of one method, in capital or small letters; all methods by default.
 
     Raises:
         OptionError: no method has the name, or that one is broken.
