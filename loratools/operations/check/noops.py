@@ -21,7 +21,7 @@ from loratools_formats.contract.format import Context
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import ModuleChange
-from loratools_formats.core.peft_facts import PREFIX
+from loratools_formats.core.peft_facts import PREFIX, refused_modules
 from loratools_formats.core.wrapped_names import WRAPPERS
 from loratools_formats.disk.errors import AdapterError, LoratoolsError
 
@@ -141,6 +141,17 @@ def _called_otherwise(subject: Subject) -> Iterator[Found]:
         (name, own), count = moved[0], len(moved)
         more = f", and {count - 1} more are called otherwise" if count > 1 else ""
         yield Found(f"{name} is {own} in the base's class, where PEFT looks for it{more}", name)
+
+
+def _refused_by_peft(subject: Subject) -> Iterator[Found]:
+    """Find modules that PEFT makes no layer for in a model of the base's type."""
+    if subject.base is None or subject.adapter is None or not subject.is_peft:
+        return
+    layers = [n for n, c in subject.adapter.modules.items() if not c.layer.parameters]
+    kind = subject.base.base.config.get("model_type")
+    names = refused_modules(kind, layers, subject.config.get("peft_type"))
+    if names:
+        yield Found(f"PEFT refuses to adapt {_some(names)} in a model of type {kind}", names[0])
 
 
 def _has_place(names: Names, name: str, change: ModuleChange) -> bool:
@@ -322,6 +333,17 @@ RULES = (
         "Rename them: `loratools convert ADAPTER -o NEW --to peft --base BASE`.",
         "`set_peft_model_state_dict` in peft 0.21.2, run",
         _called_otherwise,
+    ),
+    Rule(
+        "LT413", "refused-by-peft", "error",
+        "PEFT refuses to adapt a module in a model of the base's type (with `base`).",
+        "Layers out_proj and conv1d of Mamba's kind are computed without the adapter; PEFT stops "
+        "with an error, and older versions loaded what had no effect.",
+        "Fuse it, if it was trained so that they had an effect: "
+        "`loratools fuse MODEL ADAPTER -o FUSED`. Or leave them out: "
+        '`loratools convert ADAPTER -o NEW --to peft --drop "(out_proj|conv1d)$"`.',
+        "`_check_lora_target_modules_mamba` in peft 0.21.2, run",
+        _refused_by_peft,
     ),
     Rule(
         "LT407", "wrong-shape", "error",
