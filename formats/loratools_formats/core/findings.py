@@ -61,6 +61,7 @@ CODES: Mapping[str, str] = {
     "stays-tied": "the embedding and the output layer stay tied and change alike",
     "untied": "the embedding and the output layer are no longer tied",
     "tensor-added": "a tensor is added that the base does not have",
+    "tensor-dropped": "a tensor is left out that the base does not have",
     "negative-weight": "a change that depends on the base's weights is subtracted",
     "widened": "weights in eight bits are stored in sixteen where they change",
     "vocabulary-resized": "the vocabulary has another size",

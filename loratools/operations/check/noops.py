@@ -120,7 +120,7 @@ def _not_in_base(subject: Subject) -> Iterator[Found]:
         yield Found(f"{name} meets no module of the base; nearest: {near}", name)
     for replacement in adapter.replacements.values():
         module, _, leaf = replacement.target.rpartition(".")
-        if not _replaces(names, module, leaf) and replacement.kind != "module":
+        if not _replaces(names, module, leaf) and replacement.kind not in ("module", "parameter"):
             text = f"{replacement.target} meets no tensor of the base"
             yield Found(text, replacement.target)
 
@@ -337,8 +337,8 @@ RULES = (
     Rule(
         "LT413", "refused-by-peft", "error",
         "PEFT refuses to adapt a module in a model of the base's type (with `base`).",
-        "Layers out_proj and conv1d of Mamba's kind are computed without the adapter; PEFT stops "
-        "with an error, and older versions loaded what had no effect.",
+        "Kernels of Mamba's kind take the weights of these layers without an adapter; PEFT stops "
+        "with an error.",
         "Fuse it, if it was trained so that they had an effect: "
         "`loratools fuse MODEL ADAPTER -o FUSED`. Or leave them out: "
         '`loratools convert ADAPTER -o NEW --to peft --drop "(out_proj|conv1d)$"`.',
