@@ -102,6 +102,7 @@ CODES: Mapping[str, str] = {
     "not-beside-base": "a module is not compared with its base weight",
     "rule-broken": "a rule of `check` found something in what is published",
     "no-reference": "an entry in the folder of references is not an adapter",
+    "not-in-base": "the base does not have a module of the adapter",
     "names-kept": "an adapter keeps its own names, since the base model's are not known for it",
     "single-precision": "sums are of float32 within blocks, for speed",
     "leading-part": "changes of full rank are compared by their leading singular triplets",

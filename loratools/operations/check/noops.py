@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from loratools.base.placement.class_view import class_view
-from loratools.base.placement.experts import expert_placements
 from loratools.base.placement.names import Names
-from loratools.base.placement.place import place
+from loratools.base.placement.place import has_place, place
 from loratools.base.placement.sites import sites
 from loratools.base.tied import find_tie
 from loratools.naming.for_base import named_for_base
@@ -111,10 +110,10 @@ def _not_in_base(subject: Subject) -> Iterator[Found]:
     if adapter is None:
         return
     names = subject.base
-    homeless = {n: c for n, c in adapter.modules.items() if not _has_place(names, n, c)}
+    homeless = {n: c for n, c in adapter.modules.items() if not has_place(names, n, c)}
     if homeless and names.has_class:
         of_class = Names(class_view(names.base).checkpoint)
-        homeless = {n: c for n, c in homeless.items() if not _has_place(of_class, n, c)}
+        homeless = {n: c for n, c in homeless.items() if not has_place(of_class, n, c)}
     for name in homeless:
         near = ", ".join(names.nearest(f"{name}.weight")) or "none"
         yield Found(f"{name} meets no module of the base; nearest: {near}", name)
@@ -154,17 +153,6 @@ def _refused_by_peft(subject: Subject) -> Iterator[Found]:
         yield Found(f"PEFT refuses to adapt {_some(names)} in a model of type {kind}", names[0])
 
 
-def _has_place(names: Names, name: str, change: ModuleChange) -> bool:
-    try:
-        if change.layer.parameters and change.factors is not None:
-            return bool(expert_placements(names, name, change))
-        found = bool(sites(names, name, "weight"))
-    except LoratoolsError:  # several fit, or none of that shape: `wrong-shape` says so
-        return True
-    tie = None if found else _tie(names)
-    return found or (tie is not None and f"{name}.weight" in (tie[0], tie[1]))
-
-
 def _replaces(names: Names, module: str, leaf: str) -> bool:
     try:
         return bool(sites(names, module, leaf)) or _tie(names) is not None
@@ -184,7 +172,7 @@ def _wrong_shape(subject: Subject) -> Iterator[Found]:
     if adapter is None:
         return
     names = subject.base
-    kept = {n: c for n, c in adapter.modules.items() if _has_place(names, n, c)}
+    kept = {n: c for n, c in adapter.modules.items() if has_place(names, n, c)}
     with_factors = {n: c for n, c in kept.items() if c.factors is not None}
     try:
         place(replace(adapter, modules=with_factors, replacements={}), names.base)
