@@ -1,6 +1,5 @@
 """Measures that tell outputs from inputs are those of ΔW (out, in), on whichever side A is."""
 
-
 import numpy as np
 import pytest
 from expert_files import LAYOUTS, Change, base, read_deltas, save
