@@ -172,9 +172,9 @@ def _whole(
                 tensor=key,
             )
         change = members[0][1]
-        # Classes of transformers 4 have layers where those of 5 have stacks and parameters.
-        is_bare = not as_stored and names.is_bare(key)
-        if not change.layer.parameters and (change.is_dora or not is_bare):
+        # What classes of today have no layer for was one in those of transformers 4.
+        is_layer = as_stored or change.is_dora or not names.is_bare(key)
+        if is_layer and not change.layer.parameters:
             return change
         layer = replace(change.layer, parameters=(key,))
         return change.with_direction(replace(change.direction, layer=layer))

@@ -181,9 +181,44 @@ def test_check_tells_what_peft_scales_otherwise(which, tmp_path):
     found = {finding.code for finding in lt.check(tmp_path / "each", base=model.base).findings}
     assert (error > ROUNDING) == ("LT411" in found)
     assert (error > ROUNDING) == (which != "as it is")
+    said = lt.convert(tmp_path / "each", to="peft", output=tmp_path / "again").findings
+    assert (error > ROUNDING) == ("experts-lost" in {finding.code for finding in said})
     asked = {"experts": "stacked", "base": model.base}
-    lt.convert(tmp_path / "each", output=tmp_path / "stacked", **asked)
+    stacked = lt.convert(tmp_path / "each", output=tmp_path / "stacked", **asked)
+    assert "experts-lost" not in {finding.code for finding in stacked.findings}
     assert off(model.change(tmp_path / "stacked"), model.fused(tmp_path / "each")) <= ROUNDING
+
+
+@pytest.mark.parametrize("which", ["gate_up_proj", "down_proj", "both"])
+def test_check_tells_what_peft_leaves_out_of_single_experts(which, tmp_path):
+    model = Model("MixtralForCausalLM", 24, tmp_path)
+    asked = ["gate_up_proj", "down_proj"] if which == "both" else [which]
+    parameters = [f"mlp.experts.{leaf}" for leaf in asked]
+    adapter = model.adapter("a", parameters, use_rslora=False)
+    each = tmp_path / "each"
+    said = lt.convert(adapter, base=model.base, names_of="4", output=each).findings
+    told = {finding.code for finding in said}
+    found = {finding.code for finding in lt.check(each, base=model.base).findings}
+    if which == "gate_up_proj":
+        with pytest.raises(UserWarning, match="missing adapter keys"):
+            model.change(each)
+        assert "experts-lost" in told
+        assert "LT411" in found
+    else:
+        assert off(model.change(each), model.change(adapter)) <= ROUNDING
+        assert "experts-lost" not in told
+        assert "LT411" not in found
+    assert off(model.fused(each), model.change(adapter)) <= ROUNDING
+
+
+def test_names_of_4_stay_what_they_are(tmp_path):
+    model = Model("MixtralForCausalLM", 24, tmp_path)
+    each, again = tmp_path / "each", tmp_path / "again"
+    lt.convert(model.adapter("a"), base=model.base, names_of="4", output=each)
+    lt.convert(each, base=model.base, names_of="4", output=again)
+    configs = [json.loads((f / "adapter_config.json").read_text()) for f in (each, again)]
+    assert configs[0]["target_modules"] == configs[1]["target_modules"]
+    assert not configs[1]["target_parameters"]
 
 
 @pytest.mark.parametrize("name", ["Qwen3_5Moe", "Kimi_K25", "Qwen3VLMoe", "Llama4"])
