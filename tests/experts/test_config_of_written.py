@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 import loratools as lt
 from loratools_formats import read_adapter
-from loratools_formats.disk.errors import UnsupportedError
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 
 def config_of(folder):
@@ -103,3 +103,37 @@ def test_one_expert_has_no_axis_for_experts(write, asked, tmp_path):
     assert f"loratools convert {folder} --experts each" in told.value.hint
     lt.convert(folder, base=model, experts="each", output=tmp_path / "b")
     assert largest_error(read_deltas(read_adapter(tmp_path / "b")), change.deltas()) == 0.0
+
+
+@pytest.mark.parametrize(("rank", "down"), [(4, 4), (4, 2), (2, 2)])
+def test_a_squeezed_file_gives_each_parameter_its_own_rank(rank, down, tmp_path):
+    """Down was taken for gate_up where their ranks became equal, and the old ranks stayed."""
+    change = Change(rank=4, alpha=4.0, width=16, inner=12)
+    tensors, config = stacked(change, peft_version="0.21.2")
+    a, b = (tensors[f"{PREFIX}.lora_{side}.weight"] for side in "AB")
+    tensors[f"{PREFIX}.lora_A.weight"] = a.reshape(3, 4, 12)[:, :down].reshape(-1, 12)
+    tensors[f"{PREFIX}.lora_B.weight"] = b.reshape(16, 4, 3)[:, :down].reshape(16, -1)
+    config |= {"r": down, "lora_alpha": down, "rank_pattern": {"experts.gate_up_proj": 4},
+               "alpha_pattern": {"experts.gate_up_proj": 4}}  # fmt: skip
+    folder = save(tmp_path / "a", (tensors, config))
+    result = lt.squeeze(folder, rank=rank, output=tmp_path / "b")
+    adapter, made = read_adapter(tmp_path / "b"), config_of(tmp_path / "b")
+    leaves = {c.layer.parameters for c in adapter.modules.values()}
+    assert len(leaves) == 2
+    stored = load_file(tmp_path / "b" / "adapter_model.safetensors")
+    for leaf, path in (("gate_up_proj", f"{PREFIX}.base_layer"), ("down_proj", PREFIX)):
+        patterns = made.get("rank_pattern", {})
+        wanted = next((r for key, r in patterns.items() if key.endswith(leaf)), made["r"])
+        assert stored[f"{path}.lora_A.weight"].shape[0] == 3 * wanted
+    whole, small = read_deltas(read_adapter(folder)), read_deltas(adapter)
+    square = sum(((whole[key] - small[key]) ** 2).sum() for key in whole)
+    error = (square / sum((delta**2).sum() for delta in whole.values())) ** 0.5
+    assert error == pytest.approx(result.relative_error, rel=1e-5, abs=1e-7)
+
+
+def test_two_stacks_are_not_one_parameter(tmp_path):
+    """Both have the rank of gate_up alone, and PEFT stops at that of down."""
+    tensors, config = stacked(Change(rank=2), peft_version="0.21.2")
+    config |= {"r": 4, "rank_pattern": {"experts.gate_up_proj": 2}}
+    with pytest.raises(AdapterError, match="rank in the file and rank in the config differ"):
+        read_adapter(save(tmp_path / "a", (tensors, config)))
