@@ -26,7 +26,7 @@ from loratools.operations.convert.experts.groups import (
     straightened,
     types_of,
 )
-from loratools.operations.convert.experts.layouts import Wanted, laid_out, of_release, retargeted
+from loratools.operations.convert.experts.layouts import Wanted, laid_out, retargeted, stated
 from loratools.operations.convert.experts.on_load import lost_on_load
 from loratools.operations.convert.experts.recent import Recent
 from loratools.operations.convert.experts.tinker_names import with_whole_projections
@@ -270,9 +270,7 @@ def _laid(
     adapter: Adapter, wanted: Wanted, base: Checkpoint | None
 ) -> tuple[Adapter, tuple[Finding, ...]]:
     model, told = laid_out(adapter, wanted, base)
-    if adapter.format == "peft" and (told or wanted.is_given):
-        model = replace(model, config=of_release(model.config, wanted))
-    return model, told
+    return (stated(model, wanted) if told or wanted.is_given else model), told
 
 
 def _uniform(adapter: Adapter) -> Adapter:

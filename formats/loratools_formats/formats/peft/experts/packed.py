@@ -17,6 +17,7 @@ from loratools_formats.core.dtypes import DType, common_dtype, encode
 from loratools_formats.core.factors import alpha_of
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.peft_facts import ALL_LINEAR
+from loratools_formats.core.peft_patterns import settings_of
 from loratools_formats.core.tensors import TensorRef, have_same_bits, joined
 from loratools_formats.disk.errors import UnsupportedError
 from loratools_formats.formats.peft.experts.layout import A, B, named
@@ -196,4 +197,18 @@ def packed_config(adapter: Adapter, values: Mapping[str, Any]) -> dict[str, Any]
             made |= {"r": rank, "lora_alpha": alpha_of(rank, scale), "use_rslora": False}
             made |= {"rank_pattern": {}, "alpha_pattern": {}}
         made["target_modules"] = ALL_LINEAR
+    elif made.get("rank_pattern") or made.get("alpha_pattern"):
+        made |= settings_of(_settings_as_written(adapter)) | {"use_rslora": False}
     return made
+
+
+def _settings_as_written(adapter: Adapter) -> dict[str, tuple[int, float]]:
+    """Return rank and alpha by the names of the file, where single experts are one stack."""
+    found: dict[str, tuple[int, float]] = {}
+    for path, change in adapter.modules.items():
+        part = change.require_factors()
+        match = _SINGLE.fullmatch(path)
+        names = (path,) if match is None else (f"{match['owner']}.{match['leaf']}",)
+        for name in change.layer.parameters or names:
+            found[name] = part.rank, alpha_of(part.rank, part.scale)
+    return found
