@@ -181,14 +181,7 @@ def packed_config(adapter: Adapter, values: Mapping[str, Any]) -> dict[str, Any]
     if others:
         made["target_parameters"] = sorted(others)
     if adapter.write_as in TINKER:
-        for path, change in adapter.modules.items():
-            if change.layer.kind == "embedding":
-                raise UnsupportedError(
-                    "Tinker adapts no embedding, and no reader of its files looks for one",
-                    path=adapter.source,
-                    tensor=path,
-                    hint="Leave it out with `drop`, or write PEFT's own layout",
-                )
+        _refuse_embeddings(adapter)
         if made.get("rank_pattern") or made.get("alpha_pattern"):
             parts = [change.require_factors() for change in adapter.modules.values()]
             if len({(part.rank, part.scale) for part in parts}) > 1:
@@ -200,6 +193,17 @@ def packed_config(adapter: Adapter, values: Mapping[str, Any]) -> dict[str, Any]
     elif made.get("rank_pattern") or made.get("alpha_pattern"):
         made |= settings_of(_settings_as_written(adapter)) | {"use_rslora": False}
     return made
+
+
+def _refuse_embeddings(adapter: Adapter) -> None:
+    for path, change in adapter.modules.items():
+        if change.layer.kind == "embedding":
+            raise UnsupportedError(
+                "Tinker adapts no embedding, and no reader of its files looks for one",
+                path=adapter.source,
+                tensor=path,
+                hint="Leave it out with `drop`, or write PEFT's own layout",
+            )
 
 
 def _settings_as_written(adapter: Adapter) -> dict[str, tuple[int, float]]:
