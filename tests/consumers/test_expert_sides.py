@@ -200,6 +200,8 @@ def test_check_tells_what_peft_leaves_out_of_single_experts(which, tmp_path):
     said = lt.convert(adapter, base=model.base, names_of="4", output=each).findings
     told = {finding.code for finding in said}
     found = {finding.code for finding in lt.check(each, base=model.base).findings}
+    squeezed = lt.squeeze(each, energy=1.0, uniform=True)
+    assert ("experts-lost" in told) == ("experts-lost" in {f.code for f in squeezed.findings})
     if which == "gate_up_proj":
         with pytest.raises(UserWarning, match="missing adapter keys"):
             model.change(each)

@@ -13,11 +13,20 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.findings import Finding
 
 _SINGLE = re.compile(r"(?:.*\.)?experts\.\d+\.(?P<leaf>\w+)|.*\.(?:gate_up|down)_projs\.\d+")
 _OF_MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _NOT_CONVERTED = frozenset({"nemotron_h", "lfm2_moe", "gpt_oss", "llama4", "llama4_text"})
 """Models whose single experts PEFT on transformers 5 loads without converting any; we ran it."""
+
+
+def about_load(adapter: Adapter, types: Collection[str] = ()) -> Iterator[Finding]:
+    """Yield findings about what is lost of an adapter to be written; see `lost_on_load`."""
+    for text, where in lost_on_load(adapter, types, adapter.config):
+        message = f"on transformers 5, {text}"
+        hint = "`experts=stacked` with `base` writes the names that it reads"
+        yield Finding("experts-lost", "warning", where, message, hint)
 
 
 def lost_on_load(
