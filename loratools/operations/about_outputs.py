@@ -8,12 +8,8 @@ from loratools_formats.core.findings import Finding
 
 
 def about_output(adapter: Adapter) -> list[Finding]:
-    """Return what its format tells of an adapter to be written, and what loaders misread."""
+    """Return what its format tells of an adapter to be written, and what diffusers misreads."""
     found = get_format(adapter.format).writing_findings(adapter)
-    if adapter.format == "peft" and (adapter.provenance or {}).get("operation") != "convert":
-        from loratools.operations.convert.experts.on_load import about_load
-
-        return [*found, *about_load(adapter)]  # a conversion knows for whom it writes
     if adapter.format != "kohya":
         return found
     from loratools.operations.check.kohya_names import about_alphas

@@ -243,7 +243,7 @@ def test_biases_of_factors_do_not_go_beside_experts(tmp_path):
     model = Model("MixtralForCausalLM", 24, tmp_path)
     experts = model.adapter("a", target_modules=["o_proj"])
     biased = tmp_path / "biased"
-    config = LoraConfig(target_modules=["o_proj"], lora_bias=True)
+    config = LoraConfig(target_modules=["o_proj"], lora_bias=True, init_lora_weights=False)
     get_peft_model(model.loaded(), config).save_pretrained(str(biased))
     with pytest.raises(lt.LoratoolsError, match="lora_bias"):
         lt.merge([biased, experts], output=tmp_path / "out")
