@@ -328,12 +328,10 @@ def write(
 
 def _named_like(own: str, path: Path) -> str:
     """Return the format for a path: the adapter's own, if its files may have that name."""
-    name = path.name.lower()
     claimed = [
         entry.format
         for entry in registered_formats()
-        if entry.format is not None
-        if any(name.endswith(suffix) for suffix in entry.format.suffixes)
+        if entry.format is not None and entry.format.fits(path.name)
     ]
     of_own = any(entry.name == own for entry in claimed)
     if of_own or (not claimed and get_format(own).is_folder):

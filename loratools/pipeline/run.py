@@ -30,6 +30,7 @@ from loratools.work.declared import option
 from loratools.work.parallel import Workers
 from loratools.work.spellings import key_value
 from loratools_formats.contract.files import check_target
+from loratools_formats.core.file_names import WRITTEN_ENDINGS
 from loratools_formats.disk.errors import LoratoolsError, OptionError, OutputExistsError
 
 State = Literal["made", "up to date", "passed", "failed", "planned", "not chosen", "not reached"]
@@ -384,5 +385,5 @@ def _size(output: Path) -> int:
     """Return the size of a result's weight files."""
     if not output.is_dir():
         return output.stat().st_size
-    files = [path for path in output.rglob("*") if path.suffix in (".safetensors", ".gguf")]
+    files = [path for path in output.rglob("*") if path.suffix in WRITTEN_ENDINGS]
     return sum(path.stat().st_size for path in files if STATE_FOLDER not in path.parts)

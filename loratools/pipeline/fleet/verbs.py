@@ -22,6 +22,7 @@ from loratools.work.declared import Option, build
 from loratools.work.requests import Writing
 from loratools.work.typed import option_value
 from loratools_formats.contract.registry import get_format
+from loratools_formats.core.file_names import WRITTEN_ENDINGS, without_ending
 from loratools_formats.disk.errors import OptionError
 
 _PLACES = frozenset({"output", "overwrite", "in_place", "dry_run"})
@@ -147,15 +148,12 @@ class Verb:
         """Return what the output of an adapter is called, by the adapter's own name."""
         if not self.makes_file(settings):
             return f"{name}.json"
-        stem = name
-        for suffix in (".safetensors", ".gguf"):
-            stem = stem.removesuffix(suffix)
+        stem = without_ending(name)
         if settings.get("to") is not None:
-            to = get_format(settings["to"])
-            return stem if to.is_folder else f"{stem}{(*to.suffixes, '.safetensors')[0]}"
+            return stem + get_format(settings["to"]).ending
         if self.name == "fuse":
             base = str(settings["base"]).lower()
-            endings = (end for end in (".gguf", ".safetensors") if base.endswith(end))
+            endings = (end for end in WRITTEN_ENDINGS if base.endswith(end))
             return f"{stem}{next(endings, '')}"
         return stem if self.name == "extract" else name
 

@@ -21,7 +21,6 @@ from loratools_formats.disk.files import RegularFile
 from loratools_formats.disk.strict_json import read_object
 from loratools_formats.formats.peft.patterns import match_patterns
 
-CONFIG_FILE = "adapter_config.json"
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_RANK = 1 << 31
 
