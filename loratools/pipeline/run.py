@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from loratools.face.declare import Progress, public
+from loratools.face.declare import public
 from loratools.face.ran import Asked
 from loratools.face.result import Result
 from loratools.operations.reported import written_nbytes
@@ -28,6 +28,7 @@ from loratools.pipeline.state import (
 from loratools.pipeline.steps import Step, StepInput
 from loratools.work.declared import option
 from loratools.work.parallel import Workers
+from loratools.work.requests import Progress
 from loratools.work.spellings import key_value
 from loratools_formats.contract.files import check_target
 from loratools_formats.core.file_names import WRITTEN_ENDINGS

@@ -12,9 +12,9 @@ from loratools.operations.check.subject import Subject
 from loratools.operations.check.targets import Target
 from loratools.operations.convert.experts.groups import types_of
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.expert_names import OF_MIXTRAL
 
 _SINGLE = re.compile(r"(?:.*\.)?experts\.\d+\.(?P<leaf>\w+)|.*\.(?:gate_up|down)_projs\.\d+")
-_OF_MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _NOT_CONVERTED = frozenset({"nemotron_h", "lfm2_moe", "gpt_oss", "llama4", "llama4_text"})
 """Models whose single experts PEFT on transformers 5 loads without converting any; we ran it."""
 
@@ -40,7 +40,7 @@ def _lost(subject: Subject) -> Iterator[Found]:
     if leaves & {"", "gate_up_proj"}:
         yield Found("PEFT loads joined gate_up of single experts in another layout", first)
         return
-    projections = {_OF_MIXTRAL.get(leaf, leaf) for leaf in leaves}
+    projections = {OF_MIXTRAL.get(leaf, leaf) for leaf in leaves}
     if "up_proj" in projections and "gate_proj" not in projections:
         yield Found("PEFT stacks gate and up together, and stops where gate is missing", first)
     others = [
@@ -74,7 +74,7 @@ def _rescaled(
         change = adapter.modules[name]
         if change.factors is None:
             continue
-        leaf = _OF_MIXTRAL.get(match["leaf"] or "", match["leaf"] or "")
+        leaf = OF_MIXTRAL.get(match["leaf"] or "", match["leaf"] or "")
         if leaf in ("gate_proj", "up_proj"):
             joined.append(name)
         if leaf in ("gate_proj", "up_proj") or leaf != match["leaf"]:

@@ -12,6 +12,7 @@ from loratools.operations.check.subject import Subject
 from loratools.operations.check.targets import Support, Target
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import ModuleChange
+from loratools_formats.core.factors import scale_of
 from loratools_formats.core.file_names import ADAPTER_CONFIG
 
 OfTarget = Callable[[Subject, Adapter, Target], Iterator[Found]]
@@ -172,7 +173,7 @@ def _taken_scales(subject: Subject, ranks: Mapping[str, int], target: Target) ->
         return {}
     root = bool(config.get("use_rslora")) and target.rslora == "yes"
     divisors = {name: ranks[name] if target.scales == "alpha" else r for name in ranks}
-    return {name: alpha / (math.sqrt(n) if root else n) for name, n in divisors.items()}
+    return {name: scale_of(alpha, n, is_rooted=root) for name, n in divisors.items()}
 
 
 def _states_scales(adapter: Adapter) -> bool:

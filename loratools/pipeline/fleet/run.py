@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
-from loratools.face.declare import Progress, public
+from loratools.face.declare import public
 from loratools.face.result import Result
 from loratools.pipeline.fleet.engine import outcomes
 from loratools.pipeline.fleet.manifest import Manifest
@@ -25,6 +25,7 @@ from loratools.work.cluster import Engine, has_dask
 from loratools.work.collection import check_apart
 from loratools.work.declared import option
 from loratools.work.parallel import check_workers, usable_cores
+from loratools.work.requests import Progress
 from loratools.work.shard import Shard, shard, shard_of_environment
 from loratools.work.spellings import nbytes
 from loratools_formats.disk.errors import OptionError

@@ -19,14 +19,11 @@ from loratools.hub.references import Want, parse
 from loratools.pipeline.steps import NEEDS_RANKS
 from loratools.work.call import Call, call_of
 from loratools.work.declared import Option, build
-from loratools.work.requests import Writing
+from loratools.work.requests import PLACES, Writing
 from loratools.work.typed import option_value
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.file_names import WRITTEN_ENDINGS, without_ending
 from loratools_formats.disk.errors import OptionError
-
-_PLACES = frozenset({"output", "overwrite", "in_place", "dry_run"})
-"""Options that a fleet sets for each adapter itself."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ class Verb:
     def options(self) -> dict[str, tuple[type, Option]]:
         """The function's options by keyword, each with the dataclass that declares it."""
         known = self.declaration.options
-        return {word: found for word, found in known.items() if word not in _PLACES}
+        return {word: found for word, found in known.items() if word not in PLACES}
 
     def checked(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return settings with paths made absolute, as any process of a run may read them.

@@ -260,9 +260,9 @@ def _what_it_is(path: Path) -> str:
 
 def _about_folder(folder: Path, weights_name: str) -> list[Finding]:
     own = {
+        ADAPTER_CONFIG,
         weights_name,
-        PEFT_WEIGHTS,
-        PICKLED_PEFT_WEIGHTS,
+        *WEIGHTS_OF_PEFT,
         PROVENANCE_FILE,
         RECIPE_FILE,
         ".gitattributes",  # every repository of the Hub has one

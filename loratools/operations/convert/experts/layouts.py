@@ -37,6 +37,7 @@ from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.orientation import exchanged
+from loratools_formats.core.peft_facts import B_LAYOUT, RANK_MAJOR
 from loratools_formats.disk.errors import UnsupportedError
 
 ExpertLayoutName = Literal["stacked", "each", "3d", "shared-outer", "tinker"]
@@ -137,7 +138,7 @@ def _rest(
         told = (*told, Finding("experts-laid-out", "note", None, text))
     config = dict(adapter.config)
     if wanted.marked and any(change.layer.kind == "experts" for change in made.values()):
-        config["lora_B_layout"] = "rank_major"
+        config[B_LAYOUT] = RANK_MAJOR
     ordered = {name: made[name] for name in sorted(made)}
     return replace(adapter, modules=ordered, config=config), told
 

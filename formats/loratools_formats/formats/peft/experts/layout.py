@@ -17,8 +17,6 @@ from loratools_formats.formats.peft.patterns import match_patterns
 
 NESTED = ".base_layer"
 A, B = "lora_A", "lora_B"
-SPLIT = ("gate_proj", "up_proj", "down_proj")
-"""Projections of an expert, each a linear layer."""
 JOINED = ("gate_up_proj", "down_proj")
 """Projections of an expert where gate and up are one layer."""
 UP = "up_proj"
