@@ -26,10 +26,11 @@ _TIE = "tie_word_embeddings"
 INPUT_EMBEDDINGS = frozenset(
     {
         "embed_tokens", "wte", "word_embeddings", "embed_in", "embeddings.word_embeddings",
-        "decoder.embed_tokens", "embeddings.tok_embeddings", "tok_embeddings",
+        "decoder.embed_tokens", "embeddings.tok_embeddings", "tok_embeddings", "embeddings",
+        "word_embedding", "tokens_embed", "w",
     }
 )  # fmt: skip
-"""Token embeddings, without the leading parts that wrappers add."""
+"""Token embeddings, without the leading parts that wrappers add. `w` is CTRL's."""
 
 SHARED_EMBEDDINGS = frozenset({"shared", "encoder.embed_tokens", "decoder.embed_tokens"})
 """Names of an embedding that the encoder and the decoder of one model share."""
@@ -80,9 +81,8 @@ _EMBEDDING = re.compile(
     r"(?!.*_(?:in|out|proj|project|projection|linear)$)(?:.*_)?(?:embed|embeddings?|emb|wte|wpe)(?:_.*)?"
     r"|embed_?tokens.*|shared|tok_embeddings|relative_attention_bias"
 )
-_VOCABULARY_LEAVES = frozenset(
-    {name.rpartition(".")[2] for name in INPUT_EMBEDDINGS} | {"shared", DEFAULT_HEAD, "embed_out"}
-)
+_INPUT_LEAVES = frozenset(name.rpartition(".")[2] for name in INPUT_EMBEDDINGS - {"w"})
+_VOCABULARY_LEAVES = _INPUT_LEAVES | {"shared", DEFAULT_HEAD, "embed_out"}
 
 
 def text_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -204,8 +204,13 @@ def head_of(types: Collection[str]) -> str:
 
 
 def is_embedding(module: str) -> bool:
-    """Return whether a module is named as embeddings are, of tokens or of anything else."""
-    return _EMBEDDING.fullmatch(module.rpartition(".")[2]) is not None
+    """Return whether a module is named as embeddings are, of tokens or of anything else.
+
+    >>> is_embedding("gpt_neox.embed_in"), is_embedding("embed_out"), is_embedding("h.0.wpe")
+    (True, False, True)
+    """
+    leaf = module.rpartition(".")[2]
+    return leaf in _INPUT_LEAVES or _EMBEDDING.fullmatch(leaf) is not None
 
 
 def is_vocabulary(module: str) -> bool:
