@@ -49,6 +49,7 @@ _HEADS_BY_NAME = {
         "jina_embeddings_v3", "luke",
     ),
     "lm_head.out_proj": ("t5gemma", "t5gemma2"),
+    "text_model.lm_head": ("kosmos-2", "kosmos-2.5"),
     "proj_out": ("whisper", "moonshine", "moonshine_streaming", "canary", "cohere_asr"),
     "output_projection": ("biogpt", "trocr"),
     "generator_lm_head": ("electra", "convbert"),
