@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from itertools import filterfalse
 from pathlib import Path, PurePath
 
+from loratools_formats.contract.file_kinds import not_weights
 from loratools_formats.contract.registry import find_format, get_format
 from loratools_formats.core.file_names import (
     ADAPTER_CONFIG,
@@ -79,8 +80,10 @@ def adapters_in(paths: Sequence[Path]) -> list[Path]:
     """Return the adapters that paths mean, in order and each once.
 
     A path with wildcards stands for what it matches, and a folder that is no adapter for all
-    adapters below it. Hidden folders and links to folders are not entered. What lies beside an
-    adapter's file and says how it was made is left out, since `*` in a shell names it as well.
+    adapters below it. Weight files that are broken, and links to nothing, are among these: whoever
+    reads them says what is wrong. Hidden folders and links to folders are not entered. What lies
+    beside an adapter's file and says how it was made is left out, since `*` in a shell names it as
+    well.
 
     Raises:
         AdapterError: wildcards match nothing.
@@ -115,11 +118,23 @@ def _below(folder: Path) -> list[Path]:
             looked_at += 1
             is_folder = child.is_dir() and not child.is_symlink()
             is_file = child.suffix in WEIGHT_ENDINGS and not TRAINING_STATE.fullmatch(child.name)
-            if (is_folder or is_file) and is_adapter(child):
+            if ((is_folder or is_file) and is_adapter(child)) or _is_broken(child):
                 found.append(child)
             elif is_folder and not child.name.startswith("."):
                 pending.append(child)
     return sorted(found)
+
+
+def _is_broken(path: Path) -> bool:
+    """Return whether a path would be an adapter if the file were whole, or the link led anywhere.
+
+    An empty file, a web page and what Git LFS leaves in place of a file are no weights.
+    """
+    if path.suffix not in (*WRITTEN_ENDINGS, "") or path.name.startswith("."):
+        return False
+    if not path.exists():
+        return path.is_symlink()
+    return path.suffix in WRITTEN_ENDINGS and not_weights(path) is not None
 
 
 def is_adapter(path: Path) -> bool:

@@ -9,7 +9,9 @@ from pathlib import Path
 from loratools_formats.core.file_names import ADAPTER_CONFIG, PICKLE_ENDINGS, WEIGHTS_OF_ADAPTERS
 
 # Quotes within metadata are escaped; the entry after them must not be looked for at each of them.
-_ENTRY = re.compile(rb'(?<!\\)"((?:[^"\\]|\\.)++)":\s*\{\s*"(?:dtype|shape|data_offsets)"')
+_ENTRY = re.compile(
+    rb'(?<!\\)"((?!")[^"\\]*+(?:\\.[^"\\]*+)*+)":\s*\{\s*"(?:dtype|shape|data_offsets)"'
+)
 _SNIFFED_BYTES = 1 << 16
 # A name in a safetensors header, or a short string in a pickle.
 _PEFT_NAME = re.compile(rb'(?:(?<!\\)"|X.\x00\x00\x00)base_model\.model\.', re.DOTALL)

@@ -7,7 +7,7 @@ single experts are therefore laid out first.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,8 +20,14 @@ from loratools.operations.convert.class_names import checkpoint_of
 from loratools.operations.convert.experts.apart import of_one_rank
 from loratools.operations.convert.experts.choice import wanted_by
 from loratools.operations.convert.experts.each import each
-from loratools.operations.convert.experts.groups import base_hint, sorted_experts, straightened
+from loratools.operations.convert.experts.groups import (
+    base_hint,
+    sorted_experts,
+    straightened,
+    types_of,
+)
 from loratools.operations.convert.experts.layouts import Wanted, laid_out, of_release, retargeted
+from loratools.operations.convert.experts.on_load import lost_on_load
 from loratools.operations.convert.experts.recent import Recent
 from loratools.operations.convert.experts.tinker_names import with_whole_projections
 from loratools_formats.checkpoints.checkpoint import Checkpoint
@@ -86,7 +92,16 @@ def in_layout(
     if target != "peft":
         return in_names(_one_by_one(adapter) if target == "gguf" else adapter), wanted, ()
     model, told = _for_peft(adapter, wanted, checkpoint, in_names, names_of)
+    if not isinstance(experts, str):
+        told = (*told, *_about_load(model, types_of(adapter, checkpoint)))
     return model, wanted, told
+
+
+def _about_load(adapter: Adapter, types: frozenset[str]) -> Iterator[Finding]:
+    for text, where in lost_on_load(adapter, types, adapter.config):
+        message = f"on transformers 5, {text}"
+        hint = "`experts=stacked` with `base` writes the names that it reads"
+        yield Finding("experts-lost", "warning", where, message, hint)
 
 
 def _for_peft(
