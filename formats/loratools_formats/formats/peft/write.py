@@ -180,6 +180,7 @@ def _gives_same(values: Mapping[str, Any], modules: Mapping[str, ModuleChange]) 
     return found is not None and all(
         (found[path].rank, config.scale(found[path].alpha, found[path].rank))
         == (part.rank, part.scale)
+        and set(part.layer.parameters) <= set(found[path].names)
         for path, part in _parts(modules).items()
     )
 

@@ -26,7 +26,7 @@ from loratools.operations.convert.experts.groups import (
     straightened,
     types_of,
 )
-from loratools.operations.convert.experts.layouts import Wanted, laid_out, of_release, retargeted
+from loratools.operations.convert.experts.layouts import Wanted, laid_out, retargeted, stated
 from loratools.operations.convert.experts.on_load import lost_on_load
 from loratools.operations.convert.experts.recent import Recent
 from loratools.operations.convert.experts.tinker_names import with_whole_projections
@@ -35,6 +35,7 @@ from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import Layer, ModuleChange
 from loratools_formats.core.expert_names import TO_MIXTRAL
 from loratools_formats.core.findings import Finding
+from loratools_formats.core.peft_facts import ALL_LINEAR
 from loratools_formats.disk.errors import OptionError, UnsupportedError
 
 _APART = ("each", "3d", "shared-outer", "tinker")
@@ -105,6 +106,19 @@ def _about_load(adapter: Adapter, types: frozenset[str]) -> Iterator[Finding]:
 
 
 def _for_peft(
+    adapter: Adapter,
+    wanted: Wanted,
+    checkpoint: Checkpoint | None,
+    in_names: Callable[[Adapter], Adapter],
+    names_of: str | None,
+) -> tuple[Adapter, tuple[Finding, ...]]:
+    model, told = _in_wanted(adapter, wanted, checkpoint, in_names, names_of)
+    if wanted.layout != "tinker" and model.config.get("target_modules") == ALL_LINEAR:
+        model = retargeted(model, model.modules)  # PEFT counts neither embeddings nor heads
+    return model, told
+
+
+def _in_wanted(
     adapter: Adapter,
     wanted: Wanted,
     checkpoint: Checkpoint | None,
@@ -256,9 +270,7 @@ def _laid(
     adapter: Adapter, wanted: Wanted, base: Checkpoint | None
 ) -> tuple[Adapter, tuple[Finding, ...]]:
     model, told = laid_out(adapter, wanted, base)
-    if adapter.format == "peft" and (told or wanted.is_given):
-        model = replace(model, config=of_release(model.config, wanted))
-    return model, told
+    return (stated(model, wanted) if told or wanted.is_given else model), told
 
 
 def _uniform(adapter: Adapter) -> Adapter:
