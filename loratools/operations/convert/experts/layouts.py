@@ -36,6 +36,7 @@ from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.orientation import exchanged
+from loratools_formats.core.peft_facts import B_LAYOUT, RANK_MAJOR
 from loratools_formats.disk.errors import UnsupportedError
 
 ExpertLayoutName = Literal["stacked", "each", "3d", "shared-outer", "tinker"]
