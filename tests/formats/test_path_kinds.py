@@ -151,7 +151,8 @@ def pasted(text):
         shlex.split(found) for found in re.findall(r"loratools ((?:fuse|to-lora|info) .*)", text)
     ]
     commands += [
-        ["info", *shlex.split(found)] for found in re.findall(r"Name .*?(?:: |as )(.*)", text)
+        ["info", *shlex.split(found)]
+        for found in re.findall(r"(?:Name|or name one,) .*?(?:: |as )(.*)", text)
     ]
     for command in commands:
         code, output = loratools(*(values.get(word, word) for word in command))
