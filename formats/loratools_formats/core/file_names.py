@@ -17,7 +17,7 @@ WEIGHTS_OF_PEFT = (PEFT_WEIGHTS, PICKLED_PEFT_WEIGHTS)
 WEIGHTS_OF_ADAPTERS = (*WEIGHTS_OF_PEFT, MLX_WEIGHTS)
 """Weights that belong to the folder they are in, and have their configuration beside them."""
 
-PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt")
+PICKLE_ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
 """Endings of weights that torch saves: pickles, in zip archives or not."""
 WRITTEN_ENDINGS = (".safetensors", ".gguf")
 """Endings of weights that are written here."""
