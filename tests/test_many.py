@@ -84,6 +84,25 @@ def test_conversion_names_files_as_their_format_does(shelf):
     assert (shelf / "out" / "one.gguf").is_file()
 
 
+def test_two_results_never_go_to_one_place(tmp_path):
+    shutil.copy(EXAMPLES.parent / "tiny-flux" / "kohya.safetensors", tmp_path / "one.safetensors")
+    shutil.copytree(EXAMPLES / "lora", tmp_path / "one")
+    given = ("convert", "one.safetensors", "one", "--to", "peft", "--out-dir", "out", "--overwrite")
+    done = loratools(*given, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "two would have the same output; got one.safetensors, one" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_result_never_goes_into_another(shelf):
+    shutil.copytree(EXAMPLES / "lora", shelf / "one" / "inner" / "two")
+    shutil.copytree(EXAMPLES / "lora", shelf / "one" / "inner" / "inner" / "two")
+    given = ("squeeze", "one/inner/two", "one/inner/inner/two", "one", "--rank", "4")
+    done = loratools(*given, "--out-dir", "out", "--overwrite", cwd=shelf)
+    assert done.returncode == 2
+    assert "the output of one would lie in that of another; got one, one/inner/two" in done.stderr
+
+
 def test_three_paths_without_a_folder_are_refused(shelf):
     done = loratools("squeeze", "one", "two", "three", "--rank", "4", cwd=shelf)
     assert done.returncode == 2

@@ -23,7 +23,7 @@ from loratools.cli.failure import failure
 from loratools.cli.output import note, number, print_json_line, quantity, say, sizes
 from loratools.cli.perform import collected
 from loratools.cli.progress import progress_bar
-from loratools.work.collection import adapters_in, is_adapter, outputs_below
+from loratools.work.collection import adapters_in, check_apart, is_adapter, outputs_below
 from loratools.work.declared import option
 from loratools.work.requests import Reporting, Writing
 from loratools_formats.disk.errors import (
@@ -187,7 +187,9 @@ def _outputs_of(
     assert several.out_dir is not None
     made = os.path.realpath(several.out_dir) + os.sep
     adapters = [path for path in adapters if not os.path.realpath(path).startswith(made)]
-    return outputs_below(several.out_dir, adapters, getattr(given.get("options"), "to", None))
+    outputs = outputs_below(several.out_dir, adapters, getattr(given.get("options"), "to", None))
+    check_apart((output, path) for path, output in outputs.items())
+    return outputs
 
 
 def _one(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from loratools.base.named_base import about_base
-from loratools.face.declare import Progress, public
+from loratools.face.declare import public
 from loratools.face.result import AdapterResult, Reported, check_error
 from loratools.face.source import IN_PLACE, READING, ModelPlace, Source, destination, opened
 from loratools.folding.expert_order import overruled
@@ -22,7 +22,7 @@ from loratools.operations.convert.options import ConvertOptions, SingleFileOptio
 from loratools.operations.reported import written_nbytes
 from loratools.work.declared import flags
 from loratools.work.json_object import hidden, named
-from loratools.work.requests import Reading, Writing
+from loratools.work.requests import Progress, Reading, Writing
 from loratools.work.selection import Dropping
 from loratools_formats.contract.commands import completed
 from loratools_formats.contract.files import write_adapter
@@ -329,12 +329,10 @@ def write(
 
 def _named_like(own: str, path: Path) -> str:
     """Return the format for a path: the adapter's own, if its files may have that name."""
-    name = path.name.lower()
     claimed = [
         entry.format
         for entry in registered_formats()
-        if entry.format is not None
-        if any(name.endswith(suffix) for suffix in entry.format.suffixes)
+        if entry.format is not None and entry.format.fits(path.name)
     ]
     of_own = any(entry.name == own for entry in claimed)
     if of_own or (not claimed and get_format(own).is_folder):

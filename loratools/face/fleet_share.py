@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar, TypeVar
 
 from loratools.algebra.ranks import RankRule
-from loratools.face.declare import Progress, public
+from loratools.face.declare import public
 from loratools.face.result import AdapterResult, Reported, check_error
 from loratools.face.shelf import Shelf, named_adapters
 from loratools.face.source import READING, WRITING, Source, beside, destination, label, opened
@@ -24,7 +24,7 @@ from loratools.operations.shared.taking import TakeOptions
 from loratools.work.call import running, running_call
 from loratools.work.json_object import hidden
 from loratools.work.parallel import Workers
-from loratools.work.requests import Reading, Writing
+from loratools.work.requests import Progress, Reading, Writing
 from loratools.work.selection import Dropping
 from loratools_formats.contract.files import write_adapter
 from loratools_formats.core.adapter import Adapter

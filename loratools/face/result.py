@@ -187,7 +187,7 @@ def _check_name(output: Path, format_name: str) -> None:
         other = entry.format
         if other is None or other.is_folder or other.write is None:
             continue
-        if any(output.name.lower().endswith(suffix) for suffix in other.suffixes):
+        if other.fits(output.name):
             folder = shlex.quote(str(output.with_suffix("")))
             raise OptionError(
                 f"format {format_name} is a folder, and the output is named as a file",

@@ -32,8 +32,10 @@ from loratools.lowrank.planned import PlannedFactors
 from loratools.lowrank.resize import ComputeOptions, Resizer, Scaling, spectrum_of
 from loratools.operations.common_alpha import common_alpha
 from loratools.operations.one_rank import groups_of_one_rank
-from loratools.operations.ranked import Measured, Outcome, Ranked, ratio, share
+from loratools.operations.ranked import Measured, Outcome, Ranked, share
+from loratools.operations.reported import ratio
 from loratools.work.provenance import InputFile, operation_record
+from loratools.work.requests import Progress
 from loratools.work.scratch import Scratch
 from loratools.work.selection import Selection
 from loratools_formats.contract.registry import get_format
@@ -97,7 +99,7 @@ def squeeze(
     scaling: Scaling | None = None,
     nbytes_of: Callable[[Adapter], int] | None = None,
     scratch_folder: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> SqueezeResult:
     """Compress an adapter's ranks.
 

@@ -35,9 +35,11 @@ from loratools.lowrank.resize import ComputeOptions, Resizer
 from loratools.operations.common_alpha import common_alpha
 from loratools.operations.in_class_names import renamed_to_class
 from loratools.operations.one_rank import groups_of_one_rank
-from loratools.operations.ranked import Measured, Outcome, Ranked, ratio, share
+from loratools.operations.ranked import Measured, Outcome, Ranked, share
+from loratools.operations.reported import ratio
 from loratools.work.declared import option
 from loratools.work.provenance import operation_record
+from loratools.work.requests import Progress
 from loratools.work.scratch import Scratch
 from loratools.work.spellings import key_value
 from loratools_formats.checkpoints.checkpoint import Checkpoint
@@ -131,7 +133,7 @@ def to_lora(
     whole: bool = False,
     record: Callable[[], Mapping[str, Any]] | None = None,
     scratch_folder: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> ToLoraResult:
     """Turn an adapter of any kind into plain low-rank factors.
 

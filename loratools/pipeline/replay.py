@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from loratools import __version__
-from loratools.face.declare import Progress, public
+from loratools.face.declare import public
 from loratools.face.result import Result
 from loratools.operations.provenance import changed, output_of, statement_of
 from loratools.operations.replayed import ReplayedFile, compared
@@ -19,6 +19,7 @@ from loratools.pipeline.recorded import RecordedCall, RecordedInput
 from loratools.work.declared import option
 from loratools.work.environment import differences, environment
 from loratools.work.history import about, tells_how, unfolded
+from loratools.work.requests import Progress
 from loratools_formats.contract.files import check_target
 from loratools_formats.disk.errors import AdapterError, UncheckedError
 from loratools_formats.disk.temporaries import temporary_folder

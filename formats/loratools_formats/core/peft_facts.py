@@ -29,6 +29,12 @@ OF_LANGUAGE_MODEL = (
 _EXPERT = re.compile(r"(?P<owner>.+)\.experts\.\d+\.(?:gate_proj|up_proj|down_proj|w1|w2|w3)")
 _ROUTER = ".gate"
 
+B_LAYOUT = "lora_B_layout"
+"""The key of the configuration that says how the columns of a stacked lora_B are ordered."""
+FUSED_EXPERTS = "unsloth_fused_expert_lora"
+"""An older key of Unsloth's that says so."""
+RANK_MAJOR, EXPERT_MAJOR = "rank_major", "grouped_by_expert"
+
 
 def square_orientation(fan_in_fan_out: bool, path: str) -> bool | None:
     """Tell whether a square weight is stored (in, out), None where the file does not show it.

@@ -13,10 +13,10 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.expert_names import OF_MIXTRAL
 from loratools_formats.core.findings import Finding
 
 _SINGLE = re.compile(r"(?:.*\.)?experts\.\d+\.(?P<leaf>\w+)|.*\.(?:gate_up|down)_projs\.\d+")
-_OF_MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _NOT_CONVERTED = frozenset({"nemotron_h", "lfm2_moe", "gpt_oss", "llama4", "llama4_text"})
 """Models whose single experts PEFT on transformers 5 loads without converting any; we ran it."""
 
@@ -52,7 +52,7 @@ def lost_on_load(
     if leaves & {"", "gate_up_proj"}:
         yield "PEFT loads joined gate_up of single experts in another layout", first
         return
-    projections = {_OF_MIXTRAL.get(leaf, leaf) for leaf in leaves}
+    projections = {OF_MIXTRAL.get(leaf, leaf) for leaf in leaves}
     if "up_proj" in projections and "gate_proj" not in projections:
         yield "PEFT stacks gate and up together, and stops where gate is missing", first
     yield from _without_down(single)
@@ -82,7 +82,7 @@ def _without_down(single: Mapping[str, re.Match[str]]) -> Iterator[tuple[str, st
     for name, match in single.items():
         leaf = match["leaf"] or ""
         of_layer = found.setdefault(name.rpartition(".experts.")[0], {})
-        of_layer.setdefault(_OF_MIXTRAL.get(leaf, leaf), name)
+        of_layer.setdefault(OF_MIXTRAL.get(leaf, leaf), name)
     for of_layer in found.values():
         if "gate_proj" in of_layer and "down_proj" not in of_layer:
             text = "PEFT loads gate and up within a stack of down, and leaves them out without one"
@@ -106,7 +106,7 @@ def _rescaled(
         change = adapter.modules[name]
         if change.factors is None:
             continue
-        leaf = _OF_MIXTRAL.get(match["leaf"] or "", match["leaf"] or "")
+        leaf = OF_MIXTRAL.get(match["leaf"] or "", match["leaf"] or "")
         if leaf in ("gate_proj", "up_proj"):
             joined.append(name)
         if leaf in ("gate_proj", "up_proj") or leaf != match["leaf"]:

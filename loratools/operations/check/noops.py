@@ -13,13 +13,14 @@ from loratools.base.placement.sites import sites
 from loratools.base.tied import find_tie
 from loratools.naming.for_base import named_for_base
 from loratools.operations.check.rule import Found, Rule
-from loratools.operations.check.subject import CONFIG_FILE, Subject
+from loratools.operations.check.subject import Subject
 from loratools.operations.in_class_names import renamed_to_class
 from loratools_formats.checkpoints.facts import is_vocabulary
 from loratools_formats.contract.format import Context
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import ModuleChange
+from loratools_formats.core.file_names import ADAPTER_CONFIG
 from loratools_formats.core.peft_facts import PREFIX, refused_modules
 from loratools_formats.core.wrapped_names import WRAPPERS
 from loratools_formats.disk.errors import AdapterError, LoratoolsError
@@ -81,12 +82,12 @@ def _expert_axes(subject: Subject) -> Iterator[Found]:
     if not stacks or not isinstance(version, str):
         if stacks:
             text = f"{_some(stacks)}: no PEFT version is recorded, and 0.19.1 exchanged the axes"
-            yield Found(text, stacks[0], CONFIG_FILE)
+            yield Found(text, stacks[0], ADAPTER_CONFIG)
         return
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
     if numbers < _EXPERT_AXES or version == "0.19.0":
         text = f"{_some(stacks)}: made with PEFT {version}, and 0.19.1 exchanged the axes"
-        yield Found(text, stacks[0], CONFIG_FILE)
+        yield Found(text, stacks[0], ADAPTER_CONFIG)
 
 
 def _in_base(subject: Subject) -> tuple[Adapter | None, list[Found]]:

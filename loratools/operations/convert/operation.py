@@ -9,7 +9,7 @@ the error reported is that of the file, not of a plan.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from loratools.operations.convert.experts.layouts import Wanted, stated
 from loratools.operations.convert.options import SingleFileOptions
 from loratools.operations.reported import adapter_report
 from loratools.work.provenance import operation_record, record_metadata
+from loratools.work.requests import Progress
 from loratools_formats.contract.files import write_adapter
 from loratools_formats.contract.format import Context, Format, Loss
 from loratools_formats.contract.registry import get_format
@@ -302,7 +303,7 @@ def write(
     *,
     overwrite: bool = False,
     max_error: float | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> ConversionCheck:
     """Write the output, read it again, and let it appear if it holds what was intended.
 

@@ -41,6 +41,7 @@ from loratools.work.call import kept
 from loratools.work.declared import option
 from loratools.work.parallel import in_order
 from loratools.work.provenance import operation_record, weight_files
+from loratools.work.requests import Progress
 from loratools.work.spellings import dtype as dtype_name
 from loratools_formats.checkpoints.shards import check_space
 from loratools_formats.containers.gguf.container import GgufTensor
@@ -151,7 +152,7 @@ class GgufFusion:
         output: str | os.PathLike[str],
         *,
         overwrite: bool = False,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> FuseResult:
         """Write the fused model, whole or not at all, and say what it did.
 
@@ -239,9 +240,7 @@ class GgufFusion:
             others=parts,
         )
 
-    def _fill(
-        self, path: Path, progress: Callable[[int, int], None] | None
-    ) -> tuple[TensorReport, ...]:
+    def _fill(self, path: Path, progress: Progress | None) -> tuple[TensorReport, ...]:
         device = Device(self.options.device)
         out = create(path)
         reports, done = [], 0

@@ -58,9 +58,11 @@ from loratools.operations.merge.whole import (
     whole_modules,
 )
 from loratools.operations.one_rank import groups_of_one_rank
-from loratools.operations.ranked import Measured, Outcome, Ranked, ratio, share
+from loratools.operations.ranked import Measured, Outcome, Ranked, share
+from loratools.operations.reported import ratio
 from loratools.work.provenance import operation_record
 from loratools.work.regexes import is_found
+from loratools.work.requests import Progress
 from loratools.work.scratch import Scratch
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.registry import get_format
@@ -85,7 +87,7 @@ def merge(
     *,
     base: Checkpoint | None = None,
     scratch_folder: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> MergeResult:
     """Merge adapters into one.
 

@@ -27,6 +27,7 @@ from loratools.operations.spectrum.findings import findings
 from loratools.operations.spectrum.result import BaseMeasures, MatrixReport, SpectrumResult
 from loratools.operations.spectrum.suggested import suggestions, table
 from loratools.work.parallel import in_order
+from loratools.work.requests import Progress
 from loratools.work.selection import Selection
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter
@@ -46,7 +47,7 @@ def spectrum(
     given: Mapping[str, str] | None = None,
     references: Sequence[Adapter] = (),
     workers: int = 2,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> SpectrumResult:
     """Measure what is in an adapter.
 

@@ -16,11 +16,11 @@ from loratools_formats.checkpoints.checkpoint import config_of
 from loratools_formats.checkpoints.facts import DEFAULT_HEAD, is_vocabulary
 from loratools_formats.contract.format import Loss
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.file_names import ADAPTER_CONFIG
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.peft_facts import ALL_LINEAR, refused_modules
 from loratools_formats.disk.errors import AdapterError
 from loratools_formats.formats.peft import keys
-from loratools_formats.formats.peft.config import CONFIG_FILE
 from loratools_formats.formats.peft.patterns import match_patterns
 
 _LAYER_NUMBER = re.compile(r".*\.[^.]*\.(\d+)\.")
@@ -51,7 +51,7 @@ def loading_findings(adapter: Adapter) -> list[Finding]:
         more = f" and {len(missed) - 1} more" if len(missed) > 1 else ""
         text = (
             f"PEFT makes no layer for {names[missed[0]]}{more} and drops the tensors, since "
-            f"{_chooser(values)} in {CONFIG_FILE} leaves it out"
+            f"{_chooser(values)} in {ADAPTER_CONFIG} leaves it out"
         )
         hint = "Name the modules in target_modules"
         found.append(Finding("not-targeted", "error", names[missed[0]], text, hint))

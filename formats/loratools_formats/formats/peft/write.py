@@ -17,6 +17,7 @@ from loratools_formats.contract.format import Loss
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.factors import alpha_of, kept_whole
+from loratools_formats.core.file_names import ADAPTER_CONFIG, PEFT_WEIGHTS
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.peft_facts import family_of, stacked_on_loading
 from loratools_formats.core.peft_on_load import about_load
@@ -27,7 +28,7 @@ from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.disk.files import copy_whole
 from loratools_formats.formats.peft import keys
 from loratools_formats.formats.peft.beside_parameters import about_dropout, borne, parameters_of
-from loratools_formats.formats.peft.config import CONFIG_FILE, PeftConfig
+from loratools_formats.formats.peft.config import PeftConfig
 from loratools_formats.formats.peft.experts.packed import (
     PACKED,
     is_packed,
@@ -35,7 +36,6 @@ from loratools_formats.formats.peft.experts.packed import (
     packed_tensors,
 )
 from loratools_formats.formats.peft.parameters import Setting, settings
-from loratools_formats.formats.peft.read import WEIGHTS_FILE
 from loratools_formats.formats.peft.written_sides import sayable
 
 
@@ -56,8 +56,8 @@ def write(adapter: Adapter, path: Path) -> None:
     """
     adapter = sayable(adapter)
     config = strict_json.dumps(config_for(adapter), indent=2)
-    (path / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
-    write_safetensors(path / WEIGHTS_FILE, stored_tensors(adapter), metadata_for(adapter))
+    (path / ADAPTER_CONFIG).write_text(config + "\n", encoding="utf-8")
+    write_safetensors(path / PEFT_WEIGHTS, stored_tensors(adapter), metadata_for(adapter))
     for name, source in adapter.attachments.items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         if isinstance(source, bytes):

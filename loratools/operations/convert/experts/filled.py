@@ -12,11 +12,11 @@ from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.commands import command_on
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import LowRank, ModuleChange
+from loratools_formats.core.expert_names import GATED
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import UnsupportedError
 
 _SINGLE = re.compile(r"(?P<expert>(?:.*\.)?experts\.\d+)\.(?P<leaf>gate_proj|up_proj|down_proj)")
-_GATED = ("gate_proj", "up_proj", "down_proj")
 
 
 def filled(modules: Mapping[str, ModuleChange], *, gated: bool) -> dict[str, ModuleChange]:
@@ -34,7 +34,7 @@ def filled(modules: Mapping[str, ModuleChange], *, gated: bool) -> dict[str, Mod
             experts.setdefault(match["expert"], {})[match["leaf"]] = change
     for expert, leaves in experts.items():
         like = next(iter(leaves.items()))
-        for leaf in _GATED if gated else _GATED[1:]:
+        for leaf in GATED if gated else GATED[1:]:
             if leaf not in leaves:
                 made[f"{expert}.{leaf}"] = _zeros(like[0], like[1], leaf)
     return made

@@ -32,6 +32,7 @@ from loratools.operations.convert.experts.tinker_names import with_whole_project
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import Layer, ModuleChange
+from loratools_formats.core.expert_names import TO_MIXTRAL
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.peft_facts import ALL_LINEAR
 from loratools_formats.core.peft_on_load import about_load, not_converted
@@ -41,7 +42,6 @@ _APART = ("each", "3d", "shared-outer", "tinker")
 _SWITCH = re.compile(
     r"(?P<block>.*)\.(?:switch_mlp|experts)\.(?P<leaf>gate_proj|up_proj|down_proj|fc1|fc2)"
 )
-_OF_MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 _OF_FC = {"fc1": "up_proj", "fc2": "down_proj"}
 
 
@@ -297,7 +297,7 @@ def _from_switch(adapter: Adapter, base: Checkpoint | None) -> Adapter:
         if key is not None:
             owner = key.rpartition(".")[0]
         elif match["block"].endswith(".block_sparse_moe"):
-            leaf = _OF_MIXTRAL[leaf]
+            leaf = TO_MIXTRAL[leaf]
         for expert in range(part.experts):
             single = replace(
                 part, a=part.a.matrix(expert), b=part.b.matrix(expert), layer=Layer("linear")

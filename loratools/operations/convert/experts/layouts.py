@@ -36,6 +36,7 @@ from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.orientation import exchanged
+from loratools_formats.core.peft_facts import B_LAYOUT, RANK_MAJOR
 from loratools_formats.disk.errors import UnsupportedError
 
 ExpertLayoutName = Literal["stacked", "each", "3d", "shared-outer", "tinker"]
@@ -383,5 +384,5 @@ def stated(adapter: Adapter, wanted: Wanted) -> Adapter:
     elif is_unsaid or version.startswith(("0.17", "0.18", "0.19.0")):
         config["peft_version"] = _NEW
     if wanted.marked and any(c.layer.kind == "experts" for c in adapter.modules.values()):
-        config["lora_B_layout"] = "rank_major"
+        config[B_LAYOUT] = RANK_MAJOR
     return replace(adapter, config=config)

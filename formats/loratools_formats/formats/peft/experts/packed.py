@@ -14,6 +14,7 @@ from loratools_formats.contract.commands import command_on
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import LowRank
 from loratools_formats.core.dtypes import DType, common_dtype, encode
+from loratools_formats.core.expert_names import OF_MIXTRAL
 from loratools_formats.core.factors import alpha_of
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.peft_facts import ALL_LINEAR
@@ -21,7 +22,7 @@ from loratools_formats.core.peft_patterns import settings_of
 from loratools_formats.core.tensors import TensorRef, have_same_bits, joined
 from loratools_formats.disk.errors import UnsupportedError
 from loratools_formats.formats.peft.experts.layout import A, B, named
-from loratools_formats.formats.peft.experts.tinker import GATED, UNGATED
+from loratools_formats.formats.peft.experts.tinker import UNGATED
 
 _SINGLE = re.compile(
     r"(?P<owner>(?:.*\.)?experts)\.(?P<index>\d{1,6})\."
@@ -72,7 +73,7 @@ def packed_tensors(adapter: Adapter) -> Iterator[TensorRef]:
         ordered = [experts[index] for index in sorted(experts)]
         path = f"{owner}.{leaf}"
         if adapter.write_as in TINKER:
-            names = GATED if owner in gated else UNGATED
+            names = OF_MIXTRAL if owner in gated else UNGATED
             path = f"{owner}.{next(own for own, other in names.items() if other == leaf)}"
         yield from _sides(
             adapter,
