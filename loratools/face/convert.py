@@ -12,6 +12,7 @@ from loratools.face.declare import Progress, public
 from loratools.face.result import AdapterResult, Reported, check_error
 from loratools.face.source import IN_PLACE, READING, ModelPlace, Source, destination, opened
 from loratools.folding.expert_order import overruled
+from loratools.operations.about_outputs import about_output
 from loratools.operations.convert.compare_written import ConversionCheck, compared
 from loratools.operations.convert.experts.choice import format_of
 from loratools.operations.convert.experts.layouts import Wanted
@@ -322,7 +323,7 @@ def write(
         losses=(),
         relative_error=found[0].relative_error,
         other_error=found[0].other_error,
-        findings=(*adapter.notices, *get_format(chosen).writing_findings(adapter)),
+        findings=(*adapter.notices, *about_output(adapter)),
     )
 
 

@@ -78,7 +78,8 @@ def squeeze(
     """Compress an adapter's ranks with the smallest possible error.
 
     Every ΔW = scale · b @ a, with a: (r, in) and b: (out, r), is decomposed from its factors, and
-    its leading singular triplets become new factors of scale 1.
+    its leading singular triplets become new factors. Their scale is 1, unless `keep_alpha` or the
+    format decides otherwise.
 
     >>> import loratools as lt
     >>> result = lt.squeeze("examples/tiny-llama/lora", rank=8)

@@ -56,7 +56,7 @@ def in_class_names(
     stored = dequantised(base).checkpoint
     names = Names(stored if as_stored else class_view(stored).checkpoint)
     adapters = [with_tied_heads(names, adapter) for adapter in adapters]
-    changes = [_by_weight(names, adapter) for adapter in adapters]
+    changes = [_by_weight(names, adapter, as_stored=as_stored) for adapter in adapters]
     paths = _paths({key for each in changes for key in each})
     return [
         _renamed(names, adapter, {paths[key]: change for key, change in each.items()})
@@ -93,7 +93,7 @@ def _name_in_class(names: Names, module: str, change: ModuleChange) -> str:
     return found[0].key.removesuffix(_WEIGHT) if whole else module
 
 
-def _by_weight(names: Names, adapter: Adapter) -> dict[str, ModuleChange]:
+def _by_weight(names: Names, adapter: Adapter, *, as_stored: bool) -> dict[str, ModuleChange]:
     """Return an adapter's changes by the weight in the class that each is all of."""
     found: dict[str, list[tuple[Placement | None, ModuleChange]]] = {}
     missing = []
@@ -105,7 +105,10 @@ def _by_weight(names: Names, adapter: Adapter) -> dict[str, ModuleChange]:
             found.setdefault(key, []).append((placement, change))
     if missing:
         raise unmatched(names, missing, adapter)
-    return {key: _whole(names, adapter, key, members) for key, members in found.items()}
+    return {
+        key: _whole(names, adapter, key, members, as_stored=as_stored)
+        for key, members in found.items()
+    }
 
 
 def _placed(names: Names, module: str, change: ModuleChange) -> list[tuple[str, Placement | None]]:
@@ -164,6 +167,8 @@ def _whole(
     adapter: Adapter,
     key: str,
     members: Sequence[tuple[Placement | None, ModuleChange]],
+    *,
+    as_stored: bool,
 ) -> ModuleChange:
     placements = [placement for placement, _ in members if placement is not None]
     if len(placements) < len(members):
@@ -174,7 +179,9 @@ def _whole(
                 tensor=key,
             )
         change = members[0][1]
-        if not change.layer.parameters and (change.is_dora or not names.is_bare(key)):
+        # What classes of today have no layer for was one in those of transformers 4.
+        is_layer = as_stored or change.is_dora or not names.is_bare(key)
+        if is_layer and not change.layer.parameters:
             return change
         layer = replace(change.layer, parameters=(key,))
         return change.with_direction(replace(change.direction, layer=layer))

@@ -32,6 +32,7 @@ from loratools.kinds import get_kind
 from loratools.kinds.declaration import Product
 from loratools.lowrank.matrices import loaded
 from loratools.lowrank.resize import ComputeOptions, Resizer
+from loratools.operations.common_alpha import common_alpha
 from loratools.operations.in_class_names import renamed_to_class
 from loratools.operations.one_rank import groups_of_one_rank
 from loratools.operations.ranked import Measured, Outcome, Ranked, ratio, share
@@ -256,10 +257,12 @@ class _ToLora(Ranked[_Converted, _Measured]):
             self.opener.refuse_tied(base)
         self._plain = plain_adapter(adapter, {})
         layers = {name: change.layer for name, change in adapter.modules.items()}
+        parts = {name: change.factors for name, change in adapter.modules.items()}
+        alike = common_alpha(self._plain.format, parts, rule, options)
         super().__init__(
             list(adapter.modules),
             rule,
-            Resizer(options, Scratch(scratch_folder), rule.uniform),
+            Resizer(options, Scratch(scratch_folder), rule.uniform, alike),
             input_nbytes=adapter.weights_nbytes,
             source=adapter.source,
             groups=groups_of_one_rank(layers, self._plain.format),

@@ -88,9 +88,9 @@ def replay(
 
     Raises:
         MissingFileError: there is no statement.
-        UncheckedError: an input is nowhere, or was in memory only.
+        UncheckedError: an input is nowhere or was in memory only, or the statement does not tell
+            enough to do it again.
         AdapterError: the statement is not sound.
-        UncheckedError: the statement does not tell enough to do it again.
         OutputExistsError: the output exists.
     """
     made = output_of(Path(path))

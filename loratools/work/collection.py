@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import filterfalse
 from pathlib import Path
 
+from loratools_formats.contract.file_kinds import not_weights
 from loratools_formats.contract.registry import find_format, get_format
 from loratools_formats.disk.errors import AdapterError, LoratoolsError
 from loratools_formats.disk.provenance import PROVENANCE_FILE, RECIPE_FILE
@@ -46,8 +47,10 @@ def adapters_in(paths: Sequence[Path]) -> list[Path]:
     """Return the adapters that paths mean, in order and each once.
 
     A path with wildcards stands for what it matches, and a folder that is no adapter for all
-    adapters below it. Hidden folders and links to folders are not entered. What lies beside an
-    adapter's file and says how it was made is left out, since `*` in a shell names it as well.
+    adapters below it. Weight files that are broken, and links to nothing, are among these: whoever
+    reads them says what is wrong. Hidden folders and links to folders are not entered. What lies
+    beside an adapter's file and says how it was made is left out, since `*` in a shell names it as
+    well.
 
     Raises:
         AdapterError: wildcards match nothing.
@@ -81,11 +84,24 @@ def _below(folder: Path) -> list[Path]:
         for child in sorted(here.iterdir()):
             looked_at += 1
             is_folder = child.is_dir() and not child.is_symlink()
-            if (is_folder or child.suffix in WEIGHTS) and is_adapter(child):
+            may_be = is_folder or child.suffix in WEIGHTS
+            if (may_be and is_adapter(child)) or _is_broken(child):
                 found.append(child)
             elif is_folder and not child.name.startswith("."):
                 pending.append(child)
     return sorted(found)
+
+
+def _is_broken(path: Path) -> bool:
+    """Return whether a path would be an adapter if the file were whole, or the link led anywhere.
+
+    An empty file, a web page and what Git LFS leaves in place of a file are no weights.
+    """
+    if path.suffix not in (*WEIGHTS, "") or path.name.startswith("."):
+        return False
+    if not path.exists():
+        return path.is_symlink()
+    return path.suffix in WEIGHTS and not_weights(path) is not None
 
 
 def is_adapter(path: Path) -> bool:

@@ -37,7 +37,7 @@ class Writing:
         in_place: write the result over the input, in one step.
         overwrite: replace the output if it exists.
         dry_run: compute and report, but write nothing.
-        max_error: write nothing, and exit with 1, if the relative error is above this.
+        max_error: write nothing, and fail (exit code 1), if the relative error is above this.
     """
 
     output: Path | None = option(None, heading="Output", short="-o")

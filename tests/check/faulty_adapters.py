@@ -438,6 +438,7 @@ CASES = {
     "LT218": (without_config, {"format": "safetensors"}),
     "LT409": lambda p: experts(p, lora_B_layout="grouped_by_expert"),
     "LT411": single_experts,
+    "LT414": lambda p: experts(p, lora_dropout=0.1),
     "LT412": (of_a_bare_body, {"base": base}),
     "LT413": (of_mamba, {
         "base": lambda p: base(p, modules=OF_MAMBA, model_type="mamba", architectures=[]),

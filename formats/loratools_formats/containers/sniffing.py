@@ -7,7 +7,9 @@ import re
 from pathlib import Path
 
 # Quotes within metadata are escaped; the entry after them must not be looked for at each of them.
-_ENTRY = re.compile(rb'(?<!\\)"((?:[^"\\]|\\.)++)":\s*\{\s*"(?:dtype|shape|data_offsets)"')
+_ENTRY = re.compile(
+    rb'(?<!\\)"((?!")[^"\\]*+(?:\\.[^"\\]*+)*+)":\s*\{\s*"(?:dtype|shape|data_offsets)"'
+)
 _CONFIG = "adapter_config.json"
 _SNIFFED_BYTES = 1 << 16
 # A name in a safetensors header, or a short string in a pickle.

@@ -57,6 +57,7 @@ CODES: Mapping[str, str] = {
     "dtype-fallback": "some factors cannot be stored in the type asked for",
     "head-alone": "a change is of the output layer alone, and Tinker's of a tied embedding, too",
     "head-of-both": "Tinker's change of the output layer is of the tied embedding, too",
+    "alpha-of-others": "diffusers gives modules of a kohya file the alpha that most modules have",
     # Placing an adapter on its base, and fusing.
     "stays-tied": "the embedding and the output layer stay tied and change alike",
     "untied": "the embedding and the output layer are no longer tied",
@@ -79,6 +80,8 @@ CODES: Mapping[str, str] = {
     "files-left-out": "files beside the base are not carried over",
     # Converting, extracting and merging.
     "experts-laid-out": "a layout needed factors of experts padded, doubled, folded or transposed",
+    "experts-lost": "PEFT on transformers 5 loses parts of single experts when it stacks them",
+    "dropout-left-out": "a dropout, which PEFT does not bear beside experts, is left out",
     "expert-halves-assumed": "only the sizes show that gate and up are joined in halves",
     "no-model-in-mlx": "mlx-lm has no model of the base's type",
     "base-unused": "the base model is not needed",

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 PREFIX = "base_model.model."
 """What PEFT's files put before a module's path."""
 
+ALL_LINEAR = "all-linear"
+"""The target_modules by which PEFT adapts every linear layer but the output layer."""
+
 OF_LANGUAGE_MODEL = (
     r"(?:base_model\.)?(?:model\.)+(?:language_model\.)?(?:decoder\.|encoder\.)?layers\.\d+\."
     r"|language_model\.model\.layers\.\d+\."

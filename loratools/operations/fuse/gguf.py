@@ -28,11 +28,12 @@ from loratools.operations.fuse.operation import refuse_nothing
 from loratools.operations.fuse.plan import TensorPlan
 from loratools.operations.fuse.result import FusePreview, FuseResult
 from loratools.operations.fuse.tensor import (
+    SquaresOfProducts,
     TensorReport,
+    are_products,
     fuse_tensor,
     not_finite,
     squared_norm,
-    squared_of_products,
 )
 from loratools.operations.fuse.terms import View, WeightedChange, load_terms, stacked
 from loratools.operations.reported import report
@@ -294,8 +295,8 @@ def quantised(
     """
     view = View.of(plan.source.shape, stacked=stacked(plan.changes))
     terms = load_terms(plan.changes, view)
-    known = squared_of_products(terms)
-    base, delta, lost, gained = 0.0, known or 0.0, 0.0, 0.0
+    squares = SquaresOfProducts(terms, view) if are_products(terms) else None
+    base, delta, lost, gained = 0.0, 0.0, 0.0, 0.0
     single = single_for_quantised(view, terms)
     blocks = fused_blocks(plan.source, view, terms, plan.patches, single=single, device=device)
     for block in blocks:
@@ -304,8 +305,7 @@ def quantised(
         store(block.start, stored)
         base += squared_norm(w)
         change = np.subtract(total, w, out=w)
-        if known is None:
-            delta += squared_norm(change)
+        delta += squared_norm(change) if squares is None else squares.of(block)
         error = np.subtract(decode(stored.data, kind, total.shape), total, out=total)
         lost += squared_norm(error)
         gained += float(np.dot(error, change))

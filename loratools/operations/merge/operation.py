@@ -21,6 +21,7 @@ from loratools.folding.without_base import folded_exactly
 from loratools.lowrank.planned import PlannedFactors
 from loratools.lowrank.rescale import of_positive_scale
 from loratools.lowrank.resize import Resizer
+from loratools.operations.common_alpha import common_alpha
 from loratools.operations.merge.align import AlignedModule, MergeInput, align
 from loratools.operations.merge.exact import (
     factor_residual,
@@ -193,10 +194,12 @@ class _Merge(Ranked[_Merged, Measured]):
         if not modules and not self.whole:
             raise nothing_left()
         self._around = self._without_modules()
+        parts = {module.name: module.first for module in modules}
+        alike = common_alpha(self._around.format, parts, options.rule, options.compute)
         super().__init__(
             list(self.modules),
             options.rule,
-            Resizer(options.compute, Scratch(scratch_folder), options.rule.uniform),
+            Resizer(options.compute, Scratch(scratch_folder), options.rule.uniform, alike),
             input_nbytes=sum(item.adapter.weights_nbytes for item in inputs),
             groups=groups_of_one_rank(
                 {module.name: module.first.layer for module in modules}, self._around.format

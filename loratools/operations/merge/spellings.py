@@ -65,10 +65,11 @@ def _of_class(inputs: Sequence[MergeInput], base: Checkpoint | None) -> list[Mer
     """Return inputs under the names of the base's class, divided alike where modules differ.
 
     Names that no pattern here knows may still be two of one module. What the base does not have
-    keeps its names, and the adapter whose names are kept has a finding that says so.
+    keeps its names, and the adapter whose names are kept has a finding that says so. MLX keeps its
+    own names, which are not those of the class.
     """
     modules = {frozenset(item.adapter.modules) for item in inputs}
-    if base is None:
+    if base is None or inputs[0].adapter.format == "mlx":
         return list(inputs)
     if len(modules) < 2:
         return [replace(item, adapter=renamed_to_class(item.adapter, base)) for item in inputs]
