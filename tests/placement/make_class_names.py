@@ -149,8 +149,9 @@ def odd_layers(model, inner):
 def bare_weights(model, inner):
     """Return the weights that are parameters of modules which PEFT has no layer for.
 
-    PEFT adapts them as `target_parameters`. Numbers of layers are left out, and parts of the model
-    that have entries of their own.
+    PEFT adapts them as `target_parameters`. Routers that are linear layers, but return more than
+    one tensor, are among them: PEFT makes a layer that fails when it is called. Numbers of layers
+    are left out, and parts of the model that have entries of their own.
     """
     import torch
     from transformers.pytorch_utils import Conv1D
@@ -160,11 +161,25 @@ def bare_weights(model, inner):
         {
             numbered(f"{path}.weight")[0]
             for path, module in model.named_modules()
-            if not path.startswith(inner) and not isinstance(module, layers)
+            if not path.startswith(inner)
+            and (not isinstance(module, layers) or returns_several(module))
             for name, weight in module.named_parameters(recurse=False)
             if name == "weight" and weight.ndim == 2
         }
     )
+
+
+def returns_several(module):
+    """Return whether a subclass of linear layers returns several tensors."""
+    import torch
+
+    if not isinstance(module, torch.nn.Linear) or type(module) is torch.nn.Linear:
+        return False
+    inputs = torch.zeros(2, module.in_features, device="meta")
+    try:
+        return isinstance(module.eval()(inputs), tuple)
+    except RuntimeError:  # it takes inputs of another shape, as no router does
+        return False
 
 
 def expected(model):

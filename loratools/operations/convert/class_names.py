@@ -72,6 +72,13 @@ _BODIES = {
     "gpt_neox": (("gpt_neox.layers.", "model.h."), ("embed_out", "model.embed_out")),
 }
 """By model type, how names begin in transformers and in mlx-lm, where they differ."""
+_OF_SEVERAL = ("language_model.model.", "language_model.")
+_OF_SOME = {
+    "gemma3n": ("model.language_model.", ""),
+    "muse_glimmer": ("model.", ""),
+    "muse_spark": ("model.language_model.", ""),
+}
+"""By the type of a model of several parts, where mlx-lm has the language model and its head."""
 _NOT_IN_MLX = {
     **dict.fromkeys(
         (
@@ -238,7 +245,7 @@ def _for_mlx(adapter: Adapter, base: Checkpoint) -> Adapter:
     for module, given in adapter.modules.items():
         name, change = _of_nemotron(module, given) if is_nemotron else (module, given)
         for path, made in _apart(name, change, base, adapter):
-            called = _prefixed(path) if several else path
+            called = _prefixed(path, base.config.get("model_type")) if several else path
             modules[called] = _in_stack_of(called, made) if called != path else made
     return replace(adapter, modules={name: modules[name] for name in sorted(modules)})
 
@@ -274,15 +281,18 @@ def _of_nemotron(name: str, change: ModuleChange) -> tuple[str, ModuleChange]:
     return called, change.with_direction(replace(change.direction, layer=layer))
 
 
-def _prefixed(name: str) -> str:
+def _prefixed(name: str, model_type: object) -> str:
     """Return the name of a module of the language model of several parts.
 
-    >>> _prefixed("model.language_model.layers.0.mlp.up_proj")
+    >>> _prefixed("model.language_model.layers.0.mlp.up_proj", "qwen3_vl")
     'language_model.model.layers.0.mlp.up_proj'
     """
-    if name.startswith("model.language_model."):
-        return "language_model.model." + name.removeprefix("model.language_model.")
-    return f"language_model.{name}" if name.startswith(("lm_head", "model.layers.")) else name
+    known = _OF_SOME.get(model_type) if isinstance(model_type, str) else None
+    body, above = known or _OF_SEVERAL
+    for prefix in ("model.language_model.", "model.layers."):
+        if name.startswith(prefix):
+            return body + name.removeprefix(prefix.removesuffix("layers."))
+    return f"{above}{name}" if name.startswith("lm_head") else name
 
 
 def _apart(
