@@ -46,6 +46,7 @@ from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import KindDelta, LowRank, ModuleChange
 from loratools_formats.core.dtypes import DTYPES
+from loratools_formats.core.peft_facts import refused_modules
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 
 
@@ -175,8 +176,23 @@ def to_lora(
             *_cautions(adapter),
             *(told.message for told in adapter.findings if told.code == "not-in-base"),
             *_of_fused(work.opener.fused),
+            *_of_refused(adapter, base),
         ),
     )
+
+
+def _of_refused(adapter: Adapter, base: Checkpoint | None) -> Iterator[str]:
+    if base is None or adapter.format != "peft":
+        return
+    kind = base.config.get("model_type")
+    layers = [name for name, each in adapter.modules.items() if not each.layer.parameters]
+    refused = refused_modules(kind, layers)
+    if refused:
+        more = f" and {len(refused) - 1} more" if len(refused) > 1 else ""
+        yield (
+            f"PEFT refuses a LoRA of {refused[0]}{more} in a model of type {kind}; fusing puts it "
+            "there"
+        )
 
 
 def _of_fused(modules: Sequence[str]) -> Iterator[str]:
