@@ -22,7 +22,7 @@ VALUES = {
     "MODEL": "base", "BASE": "base", "ADAPTER": "a", "ADAPTERS": "shelf", "INDEX": "index",
     "PATH": "made", "DIR": "made", "FOLDER": "made", "RESULTS": "results", "NEW": "made",
     "RANK": "4", "FORMAT": "mlx", "VALUE": "8", "--base": "base", "--output": "made",
-    "--rank": "4", "--to": "mlx", "--out-dir": "made",
+    "--rank": "4", "--to": "mlx", "--out-dir": "made", "--component": "text_encoder",
 }  # fmt: skip
 
 
