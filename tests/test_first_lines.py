@@ -23,6 +23,7 @@ VALUES = {
     "PATH": "made", "DIR": "made", "FOLDER": "made", "RESULTS": "results", "NEW": "made",
     "RANK": "4", "FORMAT": "mlx", "VALUE": "8", "--base": "base", "--output": "made",
     "--rank": "4", "--to": "mlx", "--out-dir": "made", "--component": "text_encoder",
+    "--names": "sd1",
 }  # fmt: skip
 
 
