@@ -151,7 +151,8 @@ def pasted(text):
         shlex.split(found) for found in re.findall(r"loratools ((?:fuse|to-lora|info) .*)", text)
     ]
     commands += [
-        ["info", *shlex.split(found)] for found in re.findall(r"[Nn]ame .*?(?:: |as )(.*)", text)
+        ["info", *shlex.split(found)]
+        for found in re.findall(r"(?:Name .*?(?:: |as )|name one, such as )(.*)", text)
     ]
     for command in commands:
         code, output = loratools(*(values.get(word, word) for word in command))
