@@ -15,7 +15,8 @@ TABLE = Path(model_class.__file__).parent / "data" / "class_names.json"
 SAMPLE = (
     "Gemma3ForConditionalGeneration", "LlavaForConditionalGeneration", "MixtralForCausalLM",
     "ViTForImageClassification", "Qwen2_5_VLForConditionalGeneration", "GPT2LMHeadModel",
-    "BertForMaskedLM", "Ernie4_5_VLMoeModel",
+    "BertForMaskedLM", "Ernie4_5_VLMoeModel", "Lfm2MoeForCausalLM", "HunYuanMoEV1ForCausalLM",
+    "Dots1ForCausalLM", "DbrxForCausalLM",
 )  # fmt: skip
 
 

@@ -65,6 +65,7 @@ _ROUTERS = {
 """By model type, what mlx-lm calls the router, where that differs from the class's name."""
 _OF_NEMOTRON = {"up_proj": "fc1", "down_proj": "fc2"}
 _EXPERTS = re.compile(r"(?:^|\.)(?:switch_mlp|experts)(?:\.|$)")
+_SINGLE_EXPERT = re.compile(r"(?:^|\.)experts\.\d+\.")
 _BODIES = {
     "gpt2": (("transformer.", "model."),),
     "gptj": (("transformer.", "model."),),
@@ -161,19 +162,29 @@ def with_flat_experts(adapter: Adapter, base: Path | None) -> Adapter:
     return in_class_names([adapter], read_checkpoint(base))[0]
 
 
-def _refuse_names(adapter: Adapter, target: str) -> None:
+def named_otherwise(adapter: Adapter) -> tuple[str, str] | None:
+    """Return a module that PEFT and mlx-lm name differently, and what it is; None without one."""
     for module, change in adapter.modules.items():
-        experts = change.layer.kind == "experts" or _EXPERTS.search(module) is not None
-        body = _OTHER_BODY.match(module) is not None
-        if experts or body or _SEVERAL_PARTS.match(module):
-            what = "experts" if experts else "the body" if body else "the parts of a model"
-            raise UnsupportedError(
-                f"PEFT and mlx-lm name {what} differently",
-                path=adapter.source,
-                tensor=module,
-                hint="Give the base, which tells the names: "
-                + command_on(adapter, "convert", f"--to {target} --base BASE", output="converted"),
-            )
+        if change.layer.kind == "experts" or _EXPERTS.search(module) is not None:
+            return module, "experts"
+        if _OTHER_BODY.match(module) is not None:
+            return module, "the body"
+        if _SEVERAL_PARTS.match(module):
+            return module, "the parts of a model"
+    return None
+
+
+def _refuse_names(adapter: Adapter, target: str) -> None:
+    found = named_otherwise(adapter)
+    if found is not None:
+        module, what = found
+        raise UnsupportedError(
+            f"PEFT and mlx-lm name {what} differently",
+            path=adapter.source,
+            tensor=module,
+            hint="Give the base, which tells the names: "
+            + command_on(adapter, "convert", f"--to {target} --base BASE", output="converted"),
+        )
 
 
 def _with_bodies(adapter: Adapter, base: Checkpoint, *, to_mlx: bool) -> Adapter:
@@ -289,6 +300,8 @@ def _apart(
             for single, factors in singles_of(flat[0][0], part, experts):
                 yield single, change.with_direction(factors)
             return
+        if _SINGLE_EXPERT.search(name) and "dbrx" not in model_types(base.config):
+            raise _without_stack(name, base, adapter)
         if any(not parameter.endswith(".weight") for parameter in change.layer.parameters):
             raise UnsupportedError(
                 "mlx-lm has no such parameter: it keeps these experts as linear layers",
@@ -302,22 +315,7 @@ def _apart(
     match = _STACK.fullmatch(parameter)
     types = sorted(model_types(base.config) & _SWITCH.keys())
     if match is None or not types:
-        unknown = _unknown_to_mlx(base)
-        if unknown is not None:
-            raise UnsupportedError(
-                f"mlx-lm {mlx_models.RELEASE} has no model of this type",
-                path=adapter.source,
-                tensor=parameter,
-                got=f"model type {unknown}",
-                hint=FUSE_INSTEAD,
-            )
-        raise UnsupportedError(
-            "mlx-lm's name for these experts is not known",
-            path=adapter.source,
-            tensor=parameter,
-            got=f"model type {base.config.get('model_type')}",
-            expected=", ".join(sorted(_SWITCH)),
-        )
+        raise _without_stack(parameter, base, adapter)
     path = f"{match['layer']}.{_SWITCH[types[0]]}"
     b = change.require_factors().b
     if match["leaf"] != "gate_up_proj":
@@ -326,6 +324,27 @@ def _apart(
         return
     for index, leaf in enumerate(("gate_proj", "up_proj")):
         yield f"{path}.{leaf}", _named(change, f"{path}.{leaf}", _half(b, index, types[0]))
+
+
+def _without_stack(name: str, base: Checkpoint, adapter: Adapter) -> UnsupportedError:
+    """Return why experts have no place in mlx-lm's model of a base."""
+    unknown = _unknown_to_mlx(base)
+    if unknown is not None:
+        return UnsupportedError(
+            f"mlx-lm {mlx_models.RELEASE} has no model of this type",
+            path=adapter.source,
+            tensor=name,
+            got=f"model type {unknown}",
+            hint=FUSE_INSTEAD,
+        )
+    return UnsupportedError(
+        "mlx-lm's name for these experts is not known",
+        path=adapter.source,
+        tensor=name,
+        got=f"model type {base.config.get('model_type')}",
+        expected=", ".join(sorted(_SWITCH)),
+        hint=FUSE_INSTEAD,
+    )
 
 
 def _router(name: str, base: Checkpoint) -> str:

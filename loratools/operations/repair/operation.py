@@ -30,6 +30,7 @@ from loratools.base.decompositions import leading, leading_of_merged
 from loratools.folding.base_layout import has_own_layout
 from loratools.folding.dora import finite_vector
 from loratools.folding.dora_edits import DoraWeight, edited_dora
+from loratools.folding.expert_sides import straightened, turned_back, with_sides
 from loratools.folding.thin_modules import ThinModule, ThinModules
 from loratools.folding.weights_beside import WeightsBeside
 from loratools.folding.without_base import folded_exactly
@@ -108,7 +109,8 @@ def repair(
             + command_on(adapter, "convert", "--to", "peft", "--base", "MODEL", output="peft"),
         )
     adapter.require_true_delta("repair")
-    adapter = folded_exactly(adapter, "repair", scratch_folder, base)
+    lying = with_sides(folded_exactly(adapter, "repair", scratch_folder, base), base)
+    adapter = straightened(lying)  # intruders are directions of outputs
     for name, delta in adapter.modules.items():
         direction = delta.factors
         if delta.is_dora and (
@@ -142,8 +144,7 @@ def repair(
     total = sum(o.squared_norm for o in outcomes)
     intended = sum(o.squared_intended for o in outcomes)
     repaired = replace(
-        adapter,
-        modules=kept,
+        turned_back(replace(adapter, modules=kept), lying),
         metadata=with_record(adapter.metadata, record_metadata(provenance)),
         provenance=provenance,
     )

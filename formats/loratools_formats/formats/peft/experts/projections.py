@@ -173,6 +173,8 @@ def _count(owner: str, projections: Mapping[str, Mapping[str, _Side]], folder: P
             path=folder,
             tensor=owner,
             expected="a factor with a first axis of the number of experts",
+            hint="Where a layer has one expert, name its factors as its own, without the first "
+            f"axis: {owner}.0.{next(iter(projections))}",
         )
     for leaf, parts in projections.items():
         if {side.experts for side in parts.values()} == {1}:
