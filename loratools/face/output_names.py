@@ -43,9 +43,10 @@ def check_name(output: Path, format_name: str, *, asked: bool = False) -> None:
 def about_name(output: Path, format_name: str) -> list[Finding]:
     """Return a finding if the name of a file lacks the ending by which programs know it."""
     written = get_format(format_name)
-    if written.is_folder or output.name.lower().endswith(written.suffixes):
+    endings = written.suffixes
+    if written.is_folder or not endings or output.name.lower().endswith(endings):
         return []
-    text = f"{output.name} does not end in {written.suffixes[0]}, by which other programs know it"
+    text = f"{output.name} does not end in {endings[0]}, by which other programs know it"
     return [Finding("name-without-suffix", "note", str(output), text)]
 
 
