@@ -22,7 +22,8 @@ VALUES = {
     "MODEL": "base", "BASE": "base", "ADAPTER": "a", "ADAPTERS": "shelf", "INDEX": "index",
     "PATH": "made", "DIR": "made", "FOLDER": "made", "RESULTS": "results", "NEW": "made",
     "RANK": "4", "FORMAT": "mlx", "VALUE": "8", "--base": "base", "--output": "made",
-    "--rank": "4", "--to": "mlx", "--out-dir": "made",
+    "--rank": "4", "--to": "mlx", "--out-dir": "made", "--component": "text_encoder",
+    "--names": "sd1",
 }  # fmt: skip
 
 
@@ -174,6 +175,10 @@ LINES = [
     "fleet share shelf -o made.safetensors",
     "fleet similar a",
     "fleet index shelf",
+    "fuse base a -o made.gguf",
+    "quantize base -o made.safetensors",
+    "convert style.safetensors -o made.gguf --to peft",
+    "convert style.safetensors -o made.safetensors --to sd-scripts",
     "methods ties",
     "methods tyes",
     "formats pefft",

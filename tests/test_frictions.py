@@ -76,6 +76,23 @@ def test_a_folder_of_adapters_says_how_to_take_all(room, given):
     assert typed(f"squeeze {message.split()[-1]} -o one --rank 4 -q")[0] == 0
 
 
+@pytest.mark.parametrize("ending", [".gguf", ".bin"])
+def test_a_model_is_not_written_under_the_name_of_another_kind(room, ending):
+    for line in ("fuse base a -o made", "quantize base -o made"):
+        code, message = typed(line + ending)
+        assert (code, "the result is a folder" in message) == (2, True)
+        assert "Pass --output made" in message
+        assert not (room / f"made{ending}").exists()
+        assert typed(f"{line} -q --overwrite")[0] == 0
+
+
+def test_a_file_without_the_ending_of_its_format_is_told(room):
+    line = "convert a -o {} --to safetensors --overwrite"
+    told = "made does not end in .safetensors, by which other programs know it"
+    assert told in typed(line.format("made"))[1]
+    assert told not in typed(line.format("made.safetensors"))[1]
+
+
 def test_a_diffusion_checkpoint_is_told_from_an_adapter(room):
     block = "model.diffusion_model.input_blocks.1.0.in_layers.0.weight"
     save_file({block: np.ones((4, 4), "f4")}, "checkpoint.safetensors")

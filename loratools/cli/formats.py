@@ -17,10 +17,13 @@ from loratools.work.requests import Reporting
 @click.argument("name", metavar="[FORMAT]", required=False, shell_complete=format_completions)
 @shared.reports()
 def command(name: str | None, reporting: Reporting) -> None:
-    """List the adapter formats, or one FORMAT, broken plugins included.
+    """List the adapter formats, broken plugins included.
+
+    With a FORMAT, show that one.
 
     \b
     loratools formats
+    loratools formats peft
     """  # noqa: D301 - click reads the backspace
     report(formats(name), _show, reporting)
 

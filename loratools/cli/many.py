@@ -122,7 +122,8 @@ def _of_several(path: Path, writing: Writing, error: UnknownFormatError) -> Unkn
     may_be_shelf = kind is None or kind.what.startswith("is a folder that holds")
     below = adapters_in([path]) if path.is_dir() and may_be_shelf else []
     inner = [one for one in below if is_adapter(one)]
-    if inner in ([], [path]):
+    is_told = kind is not None and [one.parent for one in inner] == [path]
+    if inner in ([], [path]) or is_told:
         return error
     first = shlex.quote(str(inner[0]))
     place = "Add `out_dir=DIR`"

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from loratools.base.named_base import about_base
 from loratools.face.declare import public
+from loratools.face.output_names import about_name, check_name
 from loratools.face.result import AdapterResult, Reported, check_error
 from loratools.face.source import IN_PLACE, READING, ModelPlace, Source, destination, opened
 from loratools.folding.expert_order import overruled
@@ -150,6 +151,8 @@ def convert(
     to, experts = _request(options)
     target, as_it_is = _target(adapter.format, to, writing.output)
     output = None if writing.dry_run else writing.output
+    if writing.output is not None:
+        check_name(writing.output, target, asked=True)
     try:
         conversion = prepare(
             adapter,
@@ -168,7 +171,8 @@ def convert(
             error.hint = completed(error.hint, "convert", given, _text(output))
         raise
     about = about_base([adapter], None if base is None else Path(base))
-    conversion = replace(conversion, findings=(*about, *conversion.findings))
+    named = () if output is None else about_name(output, target)
+    conversion = replace(conversion, findings=(*about, *named, *conversion.findings))
     if conversion.losses and not options.allow_lossy:
         raise _lossy(conversion)
     check = None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from loratools.face.declare import public
+from loratools.face.output_names import check_model_name
 from loratools.face.result import Reported
 from loratools.face.source import WRITING, CopiedModel, destination, model
 from loratools.operations import dequantize as working
@@ -68,6 +69,7 @@ def dequantize(
     """
     checkpoint = model(base)
     writing = destination(writing, None, [checkpoint])
+    check_model_name(writing.output, "folder" if checkpoint.is_folder else ".safetensors")
 
     def run(output: Path | None, overwrite: bool) -> working.DequantizeResult:
         return working.dequantize(

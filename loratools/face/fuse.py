@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from loratools.base.named_base import about_base
 from loratools.face.declare import public
 from loratools.face.fuse_parts import FusePart, spread
+from loratools.face.output_names import check_model_name
 from loratools.face.result import Reported
 from loratools.face.source import (
     WRITING,
@@ -220,16 +221,19 @@ def fuse(
     fusion: _AnyFusion
     if isinstance(base, str | os.PathLike) and is_gguf(Path(base)):
         writing = destination(writing, None, [Path(base), *read])
+        check_model_name(writing.output, ".gguf")
         fusion = GgufFusion(read_model(Path(base)), inputs, _of_gguf(options, quantised))
     else:
         if quantised.fallback is not None:
             raise OptionError("`fallback` has no meaning for a safetensors checkpoint")
         if isinstance(base, str | os.PathLike) and is_pipeline(Path(base)):
             writing = destination(writing, None, [Path(base), *read])
+            check_model_name(writing.output, "folder")
             fusion = PipelineFusion(Path(base), inputs, options)
         else:
             checkpoint = model(base)
             writing = destination(writing, None, [checkpoint, *read])
+            check_model_name(writing.output, "folder" if checkpoint.is_folder else ".safetensors")
             fusion = Fusion(checkpoint, inputs, options)
     about = about_base(read, Path(base) if isinstance(base, str | os.PathLike) else base)
     told = dict.fromkeys(notice for item in read for notice in item.notices)

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from loratools.base.fourbit.encode import FourBitOptions
 from loratools.face.declare import public
+from loratools.face.output_names import check_model_name
 from loratools.face.result import Reported
 from loratools.face.source import WRITING, CopiedModel, destination, model
 from loratools.operations import quantize as working
@@ -70,6 +71,7 @@ def quantize(
     """
     checkpoint = model(base)
     writing = destination(writing, None, [checkpoint])
+    check_model_name(writing.output, "folder" if checkpoint.is_folder else ".safetensors")
     chosen = replace(options, four_bit=four_bit)
 
     def run(output: Path | None, overwrite: bool) -> working.QuantizeResult:

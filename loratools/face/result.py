@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from loratools.face.output_names import about_name, check_name
 from loratools.face.ran import Asked, Ran
 from loratools.operations.about_outputs import about_output
 from loratools.operations.reported import adapter_report
 from loratools.work.json_object import as_json, hidden, json_name
 from loratools.work.requests import Writing
 from loratools_formats.contract.files import write_adapter
-from loratools_formats.contract.registry import get_format, registered_formats
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.findings import Finding
-from loratools_formats.disk.errors import InexactError, OptionError
+from loratools_formats.disk.errors import InexactError
 
 if TYPE_CHECKING:
     from loratools.page.parts import Section
@@ -169,40 +168,13 @@ class AdapterResult(Reported):
 
     def written(self, writing: Writing) -> Self:
         """Write the adapter if an output was given, and return the result."""
-        if writing.output is not None:
-            _check_name(writing.output, self.adapter.format)
-            self.write(writing.output, overwrite=writing.overwrite)
-        return self
-
-
-def _check_name(output: Path, format_name: str) -> None:
-    """Refuse to make a folder that is named as a file of another format.
-
-    Raises:
-        OptionError: the name has the suffix of a format that is one file.
-    """
-    if not get_format(format_name).is_folder:
-        return
-    for entry in registered_formats():
-        other = entry.format
-        if other is None or other.is_folder or other.write is None:
-            continue
-        if other.fits(output.name):
-            folder = shlex.quote(str(output.with_suffix("")))
-            raise OptionError(
-                f"format {format_name} is a folder, and the output is named as a file",
-                got=str(output),
-                hint=f"Pass `output={folder}`, and make the file of it: "
-                f"{_conversion(folder, output)}",
-            )
-
-
-def _conversion(folder: str, output: Path) -> str:
-    """Return the command that makes a folder the file that an output is named as."""
-    file = shlex.quote(str(output))
-    if output.suffix.lower() == ".gguf":
-        return f"loratools convert --to gguf --base MODEL {folder} -o {file}"
-    return f"loratools convert --to safetensors {folder} -o {file}"
+        if writing.output is None:
+            return self
+        check_name(writing.output, self.adapter.format)
+        told = about_name(writing.output, self.adapter.format)
+        result = replace(self, findings=(*self.findings, *told)) if told else self
+        result.write(writing.output, overwrite=writing.overwrite)
+        return result
 
 
 def check_error(result: Any, limit: float | None) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from loratools.algebra.ranks import RankRule
 from loratools.lowrank.planned import PlannedFactors
 from loratools.lowrank.resize import ComputeOptions, Scaling
-from loratools.naming.kohya_unets import component, is_of_a_unet
 from loratools_formats.core.change import LowRank
 
 ALPHA_OF_TRAINERS = 1.0
@@ -37,7 +36,11 @@ def common_alpha(
         kept: whether some modules stay as they are.
     """
     one_rank = rule.uniform or (not kept and _is_one_rank(rule, parts))
-    if format_name != "kohya" or one_rank or options.keep_alpha or not is_of_a_unet(parts):
+    if format_name != "kohya" or one_rank or options.keep_alpha:
+        return None
+    from loratools.naming.kohya_unets import component, is_of_a_unet
+
+    if not is_of_a_unet(parts):
         return None
     counts: dict[str, Counter[float]] = {}
     for name, part in parts.items():

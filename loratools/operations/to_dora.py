@@ -8,6 +8,8 @@ error is ‖m − n‖₂. The factors keep every bit. The base weight is read a
 from __future__ import annotations
 
 import math
+import re
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +30,7 @@ from loratools.work.parallel import check_workers, in_order, usable_cores
 from loratools.work.provenance import operation_record, record_metadata
 from loratools.work.requests import Progress
 from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.contract.commands import FUSE_INSTEAD, command_on
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.dtypes import Array
@@ -118,6 +121,7 @@ def to_dora(
     if not adapter.modules:
         raise AdapterError("there is no module to turn into a DoRA", path=adapter.source)
     _refuse_biases(adapter)
+    _refuse_stacks(adapter)
 
     seen = seen_by(adapter, base)
     names, in_base = names_under(adapter, seen.checkpoint, adapter.modules), seen.names
@@ -159,8 +163,29 @@ def _refuse_biases(adapter: Adapter) -> None:
             path=adapter.source,
             tensor=biased[0],
             got=f"{len(biased)} modules with lora_bias",
-            hint="Fuse the adapter into its base instead: loratools fuse BASE ADAPTER -o FUSED",
+            hint=FUSE_INSTEAD,
         )
+
+
+def _refuse_stacks(adapter: Adapter) -> None:
+    stacks = [
+        name
+        for name, change in adapter.modules.items()
+        if change.layer.kind == "experts" or change.layer.parameters
+    ]
+    if not stacks:
+        return
+    hint = None
+    if len(stacks) < len(adapter.modules):
+        pattern = "|".join(f"^{re.escape(name)}$" for name in stacks)
+        without = command_on(adapter, "convert", f"--drop {shlex.quote(pattern)}", output="others")
+        hint = f"Take them out first: {without}"
+    raise UnsupportedError(
+        "stacked experts cannot be a DoRA, since PEFT has none for them",
+        path=adapter.source,
+        tensor=stacks[0],
+        hint=hint,
+    )
 
 
 def _one(
@@ -169,10 +194,6 @@ def _one(
     if whole.is_dora:
         raise UnsupportedError("it is a DoRA already", tensor=name)
     delta = whole.require_factors()
-    if delta.layer.kind == "experts" or delta.layer.parameters:
-        raise UnsupportedError(
-            "stacked experts cannot be a DoRA, since PEFT has none for them", tensor=name
-        )
     place = find_base_module(names, in_base, delta, only_read=True)
     ((b, a),) = loaded(delta)
     change = rows_of(Product(delta.scale * b.astype(np.float64), a.astype(np.float64)))

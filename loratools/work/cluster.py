@@ -133,7 +133,10 @@ def _unreachable(address: str, why: str) -> ClusterError:
         f"the scheduler cannot be reached: {why}",
         got=address,
         expected="tcp://HOST:PORT or tls://HOST:PORT",
-        hint="Certificates are settings of Dask: distributed.comm.tls" if is_tls else None,
+        hint="Certificates are settings of Dask: distributed.comm.tls"
+        if is_tls
+        else "Start one with `dask scheduler` and name the address that it prints, or leave out "
+        "`scheduler`",
     )
 
 

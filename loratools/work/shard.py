@@ -109,5 +109,10 @@ def _number(environment: Mapping[str, str], name: str, default: int | None) -> i
 
 def _checked(index: int, count: int, text: str) -> Shard:
     if not 1 <= index <= count <= _MOST_SHARDS:
-        raise OptionError("no such shard", got=f"{text}: {index}/{count}", expected="1/N to N/N")
+        named = f"{index}/{count}"
+        raise OptionError(
+            "no such shard",
+            got=text if text == named else f"{text}: {named}",
+            expected="1/N to N/N",
+        )
     return Shard(index, count)

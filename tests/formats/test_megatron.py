@@ -235,6 +235,9 @@ def test_distributed_checkpoints_are_recognised_and_refused(tmp_path):
     (tmp_path / ".metadata").write_bytes(b"")
     (tmp_path / "__0_0.distcp").write_bytes(b"")
     assert find_format(tmp_path).name == "megatron"
+    with pytest.raises(UnsupportedError, match=r"torch\.distributed\.checkpoint\.format_utils"):
+        read_adapter(tmp_path)
+    (tmp_path / "metadata.json").write_bytes(b"{}")
     with pytest.raises(UnsupportedError, match="export_adapter_ckpt"):
         read_adapter(tmp_path)
 

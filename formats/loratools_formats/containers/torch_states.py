@@ -34,7 +34,8 @@ _MOST_TENSORS = 200_000
 _MOST_SHARING = 2  # tied embeddings are stored once under two names
 _MOST_SAME = 4096
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-_WRAPPED = ("model_state_dict",)  # as the examples of loralib save theirs
+_WRAPPED = ("model_state_dict", "state_dict", "model", "module")
+"""The only entry of a file around its tensors: loralib's examples, accelerate, DeepSpeed."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from loratools_formats.contract.registry import registered_formats
 from loratools_formats.core.adapter import Adapter
 
+FUSE_INSTEAD = "Fuse the adapter into its base instead: loratools fuse BASE ADAPTER -o FUSED"
+"""The next step where a program or a format has no place for a part of an adapter."""
+
 
 def command_on(adapter: Adapter | None, verb: str, *options: str, output: str = "plain") -> str:
     """Return a command that makes another adapter of one.

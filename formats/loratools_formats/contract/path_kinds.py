@@ -180,7 +180,15 @@ def _of_folder(folder: Path) -> Kind | None:
     if not names:
         return Kind("is an empty folder", "Fetch the adapter into it, or name another folder")
     names = [name for name in names if not name.startswith("._")] or names
-    for found in (_cached_or_pipeline, _without_config, _model, _weights, _other_model, _state):
+    for found in (
+        _cached_or_pipeline,
+        _without_config,
+        _distributed,
+        _model,
+        _weights,
+        _other_model,
+        _state,
+    ):
         kind = found(folder, names)
         if kind is not None:
             return kind
@@ -245,6 +253,29 @@ def _weights(folder: Path, names: list[str]) -> Kind | None:
         f"is a folder that holds {len(found)} weight files",
         f"Name one, such as {quoted(folder / found[0])}",
     )
+
+
+def distributed(folder: Path) -> Kind | None:
+    """Return what a folder is that torch saved in pieces of many ranks; None for others."""
+    if not (folder / ".metadata").is_file() or not any(folder.glob("__*.distcp")):
+        return None
+    if (folder / "metadata.json").is_file():
+        return Kind(
+            "is a distributed checkpoint of Megatron, whose tensors are in pieces",
+            "Export it with export_adapter_ckpt of Megatron-Bridge, or gather its tensors in one "
+            "file",
+        )
+    made = folder.with_name(f"{folder.name}-gathered.bin")
+    return Kind(
+        "is a distributed checkpoint of torch, whose tensors are in pieces",
+        "Put them together: python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
+        f"{quoted(folder)} {quoted(made)}",
+    )
+
+
+def _distributed(folder: Path, names: list[str]) -> Kind | None:
+    del names
+    return distributed(folder)
 
 
 def _other_model(folder: Path, names: list[str]) -> Kind | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import os
+import re
 import shlex
 import warnings
 from pathlib import Path
@@ -44,6 +45,17 @@ def _working() -> list[Format]:
     return [entry.format for entry in registered_formats() if entry.format is not None]
 
 
+_OF_PROGRAMS = {
+    "a1111": "kohya", "aitoolkit": "diffusers", "automatic1111": "kohya", "bfl": "comfyui",
+    "diffusionpipe": "comfyui", "forge": "kohya", "hf": "peft", "huggingface": "peft",
+    "kohyass": "kohya", "llamacpp": "gguf", "lycoris": "kohya", "mlxlm": "mlx",
+    "musubi": "kohya", "musubituner": "kohya", "ollama": "gguf", "onetrainer": "kohya",
+    "sdscripts": "kohya", "sdwebui": "kohya", "transformers": "peft", "vllm": "peft",
+    "webui": "kohya",
+}  # fmt: skip
+"""Formats of ours, by the programs that read or write them."""
+
+
 def get_format(name: str) -> Format:
     """Return the format registered as `name`, in capital or small letters.
 
@@ -59,7 +71,8 @@ def get_format(name: str) -> Format:
         raise UnknownFormatError(f"format {name!r} is registered by several packages: {packages}")
     if not matches:
         known = [entry.name for entry in entries]
-        close = difflib.get_close_matches(name, known, n=1)
+        of_program = _OF_PROGRAMS.get(re.sub(r"[^a-z0-9]", "", name.lower()))
+        close = [of_program] if of_program else difflib.get_close_matches(name, known, n=1)
         raise UnknownFormatError(
             f"no format named {name!r}",
             hint=f"Did you mean {close[0]!r}?" if close else f"Known formats: {', '.join(known)}",

@@ -57,6 +57,7 @@ CODES: Mapping[str, str] = {
     "dtype-fallback": "some factors cannot be stored in the type asked for",
     "head-alone": "a change is of the output layer alone, and Tinker's of a tied embedding, too",
     "head-of-both": "Tinker's change of the output layer is of the tied embedding, too",
+    "name-without-suffix": "an output's name lacks the ending by which programs know such files",
     "alpha-of-others": "diffusers gives modules of a kohya file the alpha that most modules have",
     # Placing an adapter on its base, and fusing.
     "stays-tied": "the embedding and the output layer stay tied and change alike",

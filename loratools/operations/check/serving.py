@@ -10,6 +10,7 @@ from loratools.operations.check.remedy import Remedy
 from loratools.operations.check.rule import Found, Rule
 from loratools.operations.check.subject import Subject
 from loratools.operations.check.targets import Support, Target
+from loratools_formats.contract.commands import FUSE_INSTEAD
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.factors import scale_of
@@ -186,9 +187,6 @@ def _rslora(subject: Subject, adapter: Adapter, target: Target) -> Iterator[Foun
         yield from unusable(target, target.rslora, what, ["use_rslora"], _uniform(adapter))
 
 
-FUSE = "Fuse the adapter into its base instead: loratools fuse BASE ADAPTER -o FUSED"
-
-
 def _replacements(_: Subject, adapter: Adapter, target: Target) -> Iterator[Found]:
     whole = [
         r.target for r in adapter.replacements.values() if r.kind not in ("bias", "token_rows")
@@ -196,15 +194,15 @@ def _replacements(_: Subject, adapter: Adapter, target: Target) -> Iterator[Foun
     whole = [name for name in whole if not set(name.split(".")) & set(target.replaceable)]
     rows = [r.target for r in adapter.replacements.values() if r.kind == "token_rows"]
     what = "whole tensors in place of the base's"
-    yield from unusable(target, target.replacements, what, whole, hint=FUSE)
-    yield from unusable(target, target.token_rows, "trained token rows", rows, hint=FUSE)
+    yield from unusable(target, target.replacements, what, whole, hint=FUSE_INSTEAD)
+    yield from unusable(target, target.token_rows, "trained token rows", rows, hint=FUSE_INSTEAD)
 
 
 def _biases(_: Subject, adapter: Adapter, target: Target) -> Iterator[Found]:
     names = [r.target for r in adapter.replacements.values() if r.kind == "bias"]
     names += [addition.target for addition in adapter.additions.values()]
     names += [n for n, c in adapter.modules.items() if c.factors and c.factors.bias is not None]
-    yield from unusable(target, target.biases, "trained biases", names, hint=FUSE)
+    yield from unusable(target, target.biases, "trained biases", names, hint=FUSE_INSTEAD)
 
 
 def _layers(_: Subject, adapter: Adapter, target: Target) -> Iterator[Found]:
@@ -215,14 +213,14 @@ def _layers(_: Subject, adapter: Adapter, target: Target) -> Iterator[Found]:
     )
     for kind, support, what in kinds:
         names = [n for n, change in adapter.modules.items() if change.layer.kind == kind]
-        yield from unusable(target, support, what, names, hint=FUSE)
+        yield from unusable(target, support, what, names, hint=FUSE_INSTEAD)
 
 
 def _module_names(_: Subject, adapter: Adapter, target: Target) -> Iterator[Found]:
     if not target.modules:
         return
     other = [name for name in adapter.modules if name.rpartition(".")[2] not in target.modules]
-    yield from unusable(target, "refused", "modules of these names", other, hint=FUSE)
+    yield from unusable(target, "refused", "modules of these names", other, hint=FUSE_INSTEAD)
 
 
 def _pickles(_: Subject, adapter: Adapter, target: Target) -> Iterator[Found]:

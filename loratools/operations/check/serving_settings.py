@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from loratools.operations.check.kohya_names import lost_modules
 from loratools.operations.check.remedy import Remedy
 from loratools.operations.check.rule import Found, Rule
-from loratools.operations.check.serving import FUSE, WORDS, each_target, unusable
+from loratools.operations.check.serving import WORDS, each_target, unusable
 from loratools.operations.check.subject import Subject
 from loratools.operations.check.targets import Target
+from loratools_formats.contract.commands import FUSE_INSTEAD
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.file_names import ADAPTER_CONFIG
 from loratools_formats.disk.errors import printable
@@ -52,7 +53,7 @@ def _gaps(_: Subject, adapter: Adapter, target: Target) -> Iterator[Found]:
     every = set().union(*layers.values()) if layers else set()
     short = [name for name, own in layers.items() if own != every]
     what = "modules that only some layers have"
-    yield from unusable(target, target.gaps, what, short, hint=FUSE)
+    yield from unusable(target, target.gaps, what, short, hint=FUSE_INSTEAD)
 
 
 def _added_tokens(subject: Subject, _: Adapter, target: Target) -> Iterator[Found]:
@@ -67,7 +68,7 @@ def _added_tokens(subject: Subject, _: Adapter, target: Target) -> Iterator[Foun
     new = [n for n in added.values() if isinstance(n, int) and isinstance(size, int) and n >= size]
     if new:
         text = f"{target.label} {words} added tokens, and {name} has {len(new)} beyond the base's"
-        yield Found(text, name, name, target=target.name, hint=FUSE)
+        yield Found(text, name, name, target=target.name, hint=FUSE_INSTEAD)
 
 
 RULES = (

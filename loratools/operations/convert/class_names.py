@@ -25,7 +25,7 @@ from loratools_formats.checkpoints import expert_classes
 from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from loratools_formats.checkpoints.facts import model_types
 from loratools_formats.containers.gguf.container import is_gguf
-from loratools_formats.contract.commands import command_on
+from loratools_formats.contract.commands import FUSE_INSTEAD, command_on
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import Layer, ModuleChange
 from loratools_formats.core.findings import Finding
@@ -99,7 +99,6 @@ _NOT_ALONE_IN_MLX = {
 }
 """By the model type of a whole checkpoint, modules that mlx-lm has in models of several parts."""
 _OTHER_BODY = re.compile(r"(?:transformer\.h|gpt_neox\.layers|model\.h)\.|(?:model\.)?embed_out$")
-_FUSE_INSTEAD = "Fuse the adapter into its base instead: loratools fuse BASE ADAPTER -o FUSED"
 _SEVERAL_PARTS = re.compile(r"^(?:model\.)?(?:language_model|vision_tower|visual|vision_model)\.")
 
 
@@ -221,7 +220,7 @@ def _refuse_other_layers(adapter: Adapter, base: Checkpoint) -> None:
                     f"mlx-lm has no such layer in its models of type {kind}",
                     path=adapter.source,
                     tensor=module,
-                    hint=_FUSE_INSTEAD,
+                    hint=FUSE_INSTEAD,
                 )
 
 
@@ -236,7 +235,7 @@ def _for_mlx(adapter: Adapter, base: Checkpoint) -> Adapter:
     unknown = _unknown_to_mlx(base)
     if unknown is not None:
         text = f"mlx-lm {mlx_models.RELEASE} has no model of type {unknown}, and cannot load this"
-        told = Finding("no-model-in-mlx", "warning", None, text, _FUSE_INSTEAD)
+        told = Finding("no-model-in-mlx", "warning", None, text, FUSE_INSTEAD)
         adapter = replace(adapter, findings=(*adapter.findings, told))
     adapter = _with_bodies(adapter, base, to_mlx=True)
     modules: dict[str, ModuleChange] = {}
@@ -262,7 +261,7 @@ def _refuse_tied_head(adapter: Adapter, base: Checkpoint) -> None:
             "the output layer of this model is its embedding, and mlx-lm has no layer for it",
             path=adapter.source,
             tensor=head,
-            hint=_FUSE_INSTEAD,
+            hint=FUSE_INSTEAD,
         )
 
 
@@ -318,7 +317,7 @@ def _apart(
                 "mlx-lm has no such parameter: it keeps these experts as linear layers",
                 path=adapter.source,
                 tensor=change.layer.parameters[0],
-                hint=_FUSE_INSTEAD,
+                hint=FUSE_INSTEAD,
             )
         yield _router(name, base), change
         return
@@ -346,7 +345,7 @@ def _without_stack(name: str, base: Checkpoint, adapter: Adapter) -> Unsupported
             path=adapter.source,
             tensor=name,
             got=f"model type {unknown}",
-            hint=_FUSE_INSTEAD,
+            hint=FUSE_INSTEAD,
         )
     return UnsupportedError(
         "mlx-lm's name for these experts is not known",
@@ -354,7 +353,7 @@ def _without_stack(name: str, base: Checkpoint, adapter: Adapter) -> Unsupported
         tensor=name,
         got=f"model type {base.config.get('model_type')}",
         expected=", ".join(sorted(_SWITCH)),
-        hint=_FUSE_INSTEAD,
+        hint=FUSE_INSTEAD,
     )
 
 

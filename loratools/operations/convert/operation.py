@@ -28,10 +28,12 @@ from loratools.operations.convert.options import SingleFileOptions
 from loratools.operations.reported import adapter_report
 from loratools.work.provenance import operation_record, record_metadata
 from loratools.work.requests import Progress
+from loratools_formats.contract.commands import FUSE_INSTEAD
 from loratools_formats.contract.files import write_adapter
 from loratools_formats.contract.format import Context, Format, Loss
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.factors import stored_as
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.metadata import without_training_data
@@ -115,6 +117,7 @@ def prepare(
     lost = [] if single.as_it_is else _lost_by_any_name(model, target)
     left = {loss.name for loss in lost}
     kept = {name: delta for name, delta in model.modules.items() if name not in left}
+    _refuse_stacks(adapter, kept, target)
     named = _named(replace(model, modules=kept), target, context, single)
     model = named.adapter
     out_of_place = [Loss(name, "is of another component") for name in named.left_out]
@@ -159,6 +162,18 @@ def prepare(
     )
     findings = (*unused, *laid, *_findings(adapter, made, target), *named.findings)
     return Conversion(adapter, made, exact, target, losses, findings)
+
+
+def _refuse_stacks(adapter: Adapter, modules: Mapping[str, ModuleChange], target: Format) -> None:
+    """Refuse stacked experts in a single file, before names are asked for that it would need."""
+    stack = next((n for n, change in modules.items() if change.layer.kind == "experts"), None)
+    if target.naming is not None and stack is not None:
+        raise UnsupportedError(
+            "stacked experts have no place in a single file",
+            path=adapter.source,
+            tensor=stack,
+            hint=FUSE_INSTEAD,
+        )
 
 
 def _refuse_nothing(

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from loratools_formats.core.adapter import Adapter
     from loratools_formats.core.change import ModuleChange
     from loratools_formats.core.tensors import TensorRef
+    from loratools_formats.disk.first_bytes import Kind
 
 _QKV = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"}
 _FC1 = {"gate": "mlp.gate_proj", "up": "mlp.up_proj"}
@@ -76,19 +77,15 @@ class Megatron(StateDictFormat):
 
     def sniff(self, path: Path) -> bool:
         """Return whether a name is telling, or a folder is a checkpoint that `read` refuses."""
-        return _is_distributed(path) or super().sniff(path)
+        return _distributed(path) is not None or super().sniff(path)
 
     def read(self, path: Path) -> Adapter:
         """Read a file."""
         from loratools_formats.disk.errors import UnsupportedError
 
-        if _is_distributed(path):
-            raise UnsupportedError(
-                "a distributed checkpoint is not read",
-                path=path,
-                hint="Export it with export_adapter_ckpt of Megatron-Bridge, or save its gathered "
-                "tensors as one file",
-            )
+        kind = _distributed(path)
+        if kind is not None:
+            raise UnsupportedError(kind.what, path=path, hint=kind.hint)
         return super().read(path)
 
     def adapter(self, state: StateDict) -> Adapter:
@@ -96,9 +93,13 @@ class Megatron(StateDictFormat):
         return adapter_of(state, self.name)
 
 
-def _is_distributed(path: Path) -> bool:
-    """Return whether a folder is a checkpoint that torch saved in shards of many ranks."""
-    return path.is_dir() and (path / ".metadata").is_file() and any(path.glob("__*.distcp"))
+def _distributed(path: Path) -> Kind | None:
+    """Return what a checkpoint is that torch saved in shards of many ranks; None for others."""
+    if not (path / ".metadata").is_file():
+        return None
+    from loratools_formats.contract.path_kinds import distributed
+
+    return distributed(path)
 
 
 def adapter_of(state: StateDict, format_name: str, alpha: float | None = None) -> Adapter:

@@ -8,6 +8,7 @@ from loratools.operations.check.targets import Target, target_named
 from loratools.operations.convert.experts.groups import base_hint, types_of
 from loratools.operations.convert.experts.layouts import ExpertLayoutName, Wanted
 from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.contract.commands import FUSE_INSTEAD
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import OptionError, UnsupportedError
 
@@ -50,7 +51,7 @@ def layout_for(
         raise UnsupportedError(
             f"{target.label} reads no factors of experts",
             path=adapter.source,
-            hint="Fuse the adapter into its base instead: loratools fuse BASE ADAPTER -o FUSED",
+            hint=FUSE_INSTEAD,
         )
     if target.stacked_experts:
         types = types_of(adapter, base)
