@@ -143,7 +143,6 @@ def test_a_family_of_many_experts_takes_memory_in_proportion():
     assert np.median(np.abs(scores)) < 1.0
 
 
-
 def test_the_trend_is_the_one_of_scipy():
     y = np.random.default_rng(3).standard_normal(31) + 0.3 * np.arange(31)
     slope, intercept = theil_sen(y)
