@@ -54,7 +54,7 @@ def card_before(
 def base_model_of(
     adapter: Adapter | None,
     card: bytes | None,
-    records: list[Mapping[str, Any]],
+    records: Sequence[Mapping[str, Any]],
     options: PushOptions,
 ) -> str | None:
     """Return the base model's name: as it was given, as the card has it, as the adapter has it."""
