@@ -31,8 +31,8 @@ for _name in ("COLUMNS", "LINES"):
 # Tests with other libraries, and tests of whole programs that are stopped, starved or fed rubbish.
 NOT_FAST = {Path(__file__).parent / name for name in ("consumers", "fuzz", "robustness")}
 HEAVY = {
-    "accelerate", "bitsandbytes", "diffusers", "loralib", "lycoris", "mergekit", "mlx", "mlx_lm",
-    "peft", "transformers", "xllamacpp",
+    "accelerate", "bitsandbytes", "diffusers", "kubernetes_validate", "loralib", "lycoris",
+    "mergekit", "mlx", "mlx_lm", "peft", "playwright", "transformers", "xllamacpp",
 }  # fmt: skip
 DTYPES = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "f32": np.float32, "f64": np.float64}
 

@@ -157,9 +157,12 @@ def test_dry_run_reports_the_same_and_writes_nothing(make_folder, tmp_path):
         (["--rank-pattern", "q", "--rank", "2", "--dry-run"], "not a rank pattern"),
         (["--include", "(", "--rank", "2", "--dry-run"], "not a regular expression"),
         (["--exclude", "q", "--rank", "2", "--dry-run"], "no module to squeeze"),
-        (["--device", "cuda", "--rank", "2", "--dry-run"], "no cuda device"),
+        pytest.param(
+            ["--device", "cuda", "--rank", "2", "--dry-run"], "no cuda device",
+            marks=pytest.mark.slow,  # imports torch
+        ),
     ],
-)
+)  # fmt: skip
 def test_wrong_options_give_one_line(make_folder, arguments, message):
     done = loratools("squeeze", make_folder(), *arguments)
     assert done.returncode == 2

@@ -4,7 +4,9 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from test_cli import loratools
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "tiny-llama"
@@ -82,6 +84,25 @@ def test_conversion_names_files_as_their_format_does(shelf):
     assert (shelf / "out" / "one.gguf").is_file()
 
 
+def test_two_results_never_go_to_one_place(tmp_path):
+    shutil.copy(EXAMPLES.parent / "tiny-flux" / "kohya.safetensors", tmp_path / "one.safetensors")
+    shutil.copytree(EXAMPLES / "lora", tmp_path / "one")
+    given = ("convert", "one.safetensors", "one", "--to", "peft", "--out-dir", "out", "--overwrite")
+    done = loratools(*given, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "two would have the same output; got one.safetensors, one" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_result_never_goes_into_another(shelf):
+    shutil.copytree(EXAMPLES / "lora", shelf / "one" / "inner" / "two")
+    shutil.copytree(EXAMPLES / "lora", shelf / "one" / "inner" / "inner" / "two")
+    given = ("squeeze", "one/inner/two", "one/inner/inner/two", "one", "--rank", "4")
+    done = loratools(*given, "--out-dir", "out", "--overwrite", cwd=shelf)
+    assert done.returncode == 2
+    assert "the output of one would lie in that of another; got one, one/inner/two" in done.stderr
+
+
 def test_three_paths_without_a_folder_are_refused(shelf):
     done = loratools("squeeze", "one", "two", "three", "--rank", "4", cwd=shelf)
     assert done.returncode == 2
@@ -117,3 +138,30 @@ def test_folders_above_an_output_are_made_and_go_again_if_it_fails(shelf):
     through_a_file = loratools("squeeze", "one", "-o", "one/README.md/c", "--rank", "2", cwd=shelf)
     assert through_a_file.returncode == 2
     assert through_a_file.stderr.count("\n") == 1
+
+
+def test_broken_weight_files_and_links_to_nothing_are_rows(shelf):
+    (shelf / "empty.safetensors").touch()
+    (shelf / "page.safetensors").write_text("<!DOCTYPE html><html><body>404</body></html>")
+    (shelf / "pointer.gguf").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n"
+    )
+    (shelf / "gone.safetensors").symlink_to("nowhere.safetensors")
+    (shelf / "lost").symlink_to("../nowhere")
+    (shelf / "notes.txt").touch()  # no weight file, whole or broken
+    (shelf / "notes.md").symlink_to("../nowhere.md")
+    save_file({"model.layers.0.mlp.up_proj.weight": np.zeros((2, 2))}, shelf / "m.safetensors")
+    done = loratools("info", ".", "--json", cwd=shelf)
+    assert done.returncode == 1
+    found = {Path(one["inputs"][0]).name: one for one in map(json.loads, done.stdout.splitlines())}
+    said = {
+        "empty.safetensors": "is an empty file", "gone.safetensors": "is a link to nowhere",
+        "lost": "is a link to ../nowhere", "page.safetensors": "is a web page",
+        "pointer.gguf": "is a Git LFS pointer",
+    }  # fmt: skip
+    assert found.keys() == {"broken", "one", "two"} | said.keys()
+    for name, message in said.items():
+        assert message in found[name]["error"]["message"]
+    squeezed = loratools("squeeze", ".", "--rank", "2", "--out-dir", "o", "--keep-going", cwd=shelf)
+    assert squeezed.returncode == 1
+    assert "2 adapters written, 0 skipped, 6 failed" in squeezed.stderr

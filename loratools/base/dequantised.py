@@ -20,6 +20,7 @@ from loratools.base.codecs import (
     methods,
     without_marks,
 )
+from loratools.base.codecs.codec import DTYPE_KEYS
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.comfyui import marks_of_comfyui
 from loratools_formats.checkpoints.eight_bit_floats import FP8_TYPES, activation_scales
@@ -31,13 +32,11 @@ from loratools_formats.checkpoints.quantization import (
     refuse_rotated,
     stated_of,
 )
-from loratools_formats.core.dtypes import DTYPES, DType
+from loratools_formats.core.dtypes import DTYPES, FLOATING, DType
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
-_FLOATING = ("F64", "F32", "F16", "BF16")
 _INTEGERS = ("I8", "U8", "I32", "U32")
-_DTYPE_KEYS = ("dtype", "torch_dtype")
 # By quant_method: the entry that names a variant whose tensors do not tell it, and those known.
 _VARIANTS = {
     "compressed-tensors": ("format", (
@@ -183,7 +182,7 @@ def dequantised_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     for name, value in config.items():
         if name in _OF_CONFIG or (name == _OF_MLX and isinstance(value, Mapping)):
             continue
-        if name in _DTYPE_KEYS and isinstance(value, str):
+        if name in DTYPE_KEYS and isinstance(value, str):
             changed[name] = dtype
         else:
             changed[name] = (
@@ -207,7 +206,7 @@ def as_stored(base: Checkpoint) -> DequantisedCheckpoint:
 def is_stored_plain(base: Checkpoint, key: str) -> bool:
     """Return whether a tensor of a checkpoint is stored as plain floating numbers."""
     code = base.tensors[key].dtype.code
-    return code in _FLOATING and not parts_beside(key, base.tensors)
+    return code in FLOATING and not parts_beside(key, base.tensors)
 
 
 def _check_method(base: Checkpoint, stated: Mapping[str, Any]) -> None:

@@ -23,11 +23,11 @@ from loratools_formats.checkpoints.facts import (
     model_types,
     values_of,
 )
+from loratools_formats.core.dtypes import OF_MODELS
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import UnsupportedError
 
 _WEIGHT = ".weight"
-_QUANTIZABLE = ("F32", "F16", "BF16")
 _LAST = re.compile(r"score|classifier|qa_outputs|text_projection")
 _EXPERT = re.compile(r"(.*\.experts)\.\d+\..*")
 _ROUTER = re.compile(r"(?:.*\.)?(?:gate|router|wg)(?:\.(?:classifier|layer))?")
@@ -152,12 +152,12 @@ class _Choice:
 
 
 def _check_type(ref: TensorRef) -> None:
-    if ref.dtype.code not in _QUANTIZABLE:
+    if ref.dtype.code not in OF_MODELS:
         raise UnsupportedError(
             "weight is of a type that cannot be quantised",
             tensor=ref.key,
             got=ref.dtype.code,
-            expected=" or ".join(_QUANTIZABLE),
+            expected=" or ".join(OF_MODELS),
             hint="Leave it out with `exclude`, or start from the original checkpoint",
         )
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from loratools_formats.checkpoints.checkpoint import CONFIG_FILE, Checkpoint
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.file_names import WRITTEN_ENDINGS
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import printable
 from loratools_formats.disk.hub_cache import shown_name
@@ -79,7 +80,7 @@ def _names(path: Path, config: Mapping[str, Any]) -> Iterator[str]:
     if isinstance(recorded, str):
         yield recorded
     for place in (path.absolute(), Path(os.path.realpath(path))):
-        yield place.stem if place.suffix in (".safetensors", ".gguf", ".json") else place.name
+        yield place.stem if place.suffix in (*WRITTEN_ENDINGS, ".json") else place.name
         if place.is_file():
             yield place.parent.name
         yield from (p.name.rpartition("--")[2] for p in place.parents if "--" in p.name)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratools_formats.checkpoints.facts import (
+    DEFAULT_HEAD,
     INPUT_EMBEDDINGS,
     SHARED_EMBEDDINGS,
     has_head,
@@ -57,22 +58,26 @@ def find_tie(
     """
     if not _has_head(names, adapter, guess_head):
         return None
-    found = [
-        key
-        for key in names.tensors
-        if names.spelling(key).removesuffix(".weight") in INPUT_EMBEDDINGS
-    ]
+    spelled = {key: names.spelling(key).removesuffix(".weight") for key in names.tensors}
+    found = [key for key, name in spelled.items() if name in INPUT_EMBEDDINGS]
+    if not found:  # the class puts it below a part that its type does not name, as Camembert's
+        found = [key for key, name in spelled.items() if _ends_as_embedding(name)]
     if len(found) != 1 or not found[0].endswith(".weight"):
         return None
     embedding = found[0]
     head = head_of(names.types_of(embedding)) + ".weight"
-    stored = names.find(head)
+    stored = names.find(head) or names.find(DEFAULT_HEAD + ".weight")
     if not _is_tied(names, embedding, stored):
         return None
     if stored is not None:
         return Tie(embedding, stored, is_head_stored=True)
     prefix = "language_model." if embedding.startswith(_OLD_TEXT_PREFIX) else ""
     return Tie(embedding, prefix + head, is_head_stored=False)
+
+
+def _ends_as_embedding(name: str) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[-count:]) in INPUT_EMBEDDINGS - {"w"} for count in (1, 2))
 
 
 def shared_embeddings(names: Names) -> frozenset[str]:

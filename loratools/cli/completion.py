@@ -22,16 +22,30 @@ def completions(option: Option, incomplete: str, command: str | None) -> list[Co
         source = _stored
     values: Iterable[tuple[str, str | None]]
     values = ((one, None) for one in option.choices) if source is None else source()
-    typed = incomplete.lower()
-    return [
-        CompletionItem(name, help=text) for name, text in values if name.lower().startswith(typed)
-    ]
+    return _beginning(incomplete, values)
 
 
 def rule_completions(context: object, parameter: object, incomplete: str) -> list[CompletionItem]:
     """Return the codes of rules that begin as what was typed."""
     typed = incomplete.upper()
     return [CompletionItem(code, help=text) for code, text in _rules() if code.startswith(typed)]
+
+
+def method_completions(context: object, parameter: object, incomplete: str) -> list[CompletionItem]:
+    """Return the merge methods that begin as what was typed."""
+    return _beginning(incomplete, _methods())
+
+
+def format_completions(context: object, parameter: object, incomplete: str) -> list[CompletionItem]:
+    """Return the formats that begin as what was typed."""
+    return _beginning(incomplete, _formats("name"))
+
+
+def _beginning(incomplete: str, values: Iterable[tuple[str, str | None]]) -> list[CompletionItem]:
+    typed = incomplete.lower()
+    return [
+        CompletionItem(name, help=text) for name, text in values if name.lower().startswith(typed)
+    ]
 
 
 def path_completions(context: object, parameter: object, incomplete: str) -> list[CompletionItem]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import click
+
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
+from loratools.cli.completion import format_completions
 from loratools.cli.output import print_table
 from loratools.cli.perform import report
 from loratools.face.lists import FormatInfo, FormatsResult, formats
@@ -11,14 +14,15 @@ from loratools.work.requests import Reporting
 
 
 @named_command("formats")
+@click.argument("name", metavar="[FORMAT]", required=False, shell_complete=format_completions)
 @shared.reports()
-def command(reporting: Reporting) -> None:
-    """List the adapter formats, broken plugins included.
+def command(name: str | None, reporting: Reporting) -> None:
+    """List the adapter formats, or one FORMAT, broken plugins included.
 
     \b
     loratools formats
     """  # noqa: D301 - click reads the backspace
-    report(formats(), _show, reporting)
+    report(formats(name), _show, reporting)
 
 
 def _show(result: FormatsResult) -> None:

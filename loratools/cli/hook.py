@@ -8,10 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-_OF_FOLDERS = (
-    "adapter_config.json", "adapter_model.safetensors", "adapters.safetensors",
-    "adapter_model.bin",
-)  # fmt: skip
+from loratools_formats.core.file_names import ADAPTER_CONFIG, WEIGHTS_OF_ADAPTERS
 
 
 def arguments(given: list[str]) -> list[str]:
@@ -25,7 +22,8 @@ def arguments(given: list[str]) -> list[str]:
     for text in given:
         if not text.startswith("-"):
             path = Path(text)
-            paths[str(path.parent if path.name in _OF_FOLDERS else path)] = None
+            is_part = path.name in (ADAPTER_CONFIG, *WEIGHTS_OF_ADAPTERS)
+            paths[str(path.parent if is_part else path)] = None
     return ["check", *options, *paths]
 
 

@@ -23,7 +23,7 @@ from loratools.cli.failure import failure
 from loratools.cli.output import note, number, print_json_line, quantity, say, sizes
 from loratools.cli.perform import collected
 from loratools.cli.progress import progress_bar
-from loratools.work.collection import adapters_in, outputs_below
+from loratools.work.collection import adapters_in, check_apart, is_adapter, outputs_below
 from loratools.work.declared import option
 from loratools.work.requests import Reporting, Writing
 from loratools_formats.disk.errors import (
@@ -120,19 +120,20 @@ def _of_several(path: Path, writing: Writing, error: UnknownFormatError) -> Unkn
 
     kind = kind_of(path)
     may_be_shelf = kind is None or kind.what.startswith("is a folder that holds")
-    inner = adapters_in([path]) if path.is_dir() and may_be_shelf else []
-    is_told = kind is not None and all(one.parent == path for one in inner)
-    if inner in ([], [path]) or is_told:
+    below = adapters_in([path]) if path.is_dir() and may_be_shelf else []
+    inner = [one for one in below if is_adapter(one)]
+    if inner in ([], [path]):
         return error
     first = shlex.quote(str(inner[0]))
-    place = "DIR" if writing.output is None else shlex.quote(str(writing.output))
+    place = "Add `out_dir=DIR`"
+    if writing.output is not None:
+        place = f"Write `out_dir={shlex.quote(str(writing.output))}` in place of `output`"
     found = UnknownFormatError(
         f"is a folder that holds {quantity(len(inner), 'adapter')}",
         path=path,
         hint=f"Name it: {first}"
         if len(inner) == 1
-        else f"Take all of them with `out_dir={place}` in place of `output`, or name one, such as "
-        f"{first}",
+        else f"{place} to take all of them, or name one, such as {first}",
     )
     found.ran = error.ran
     return found
@@ -186,7 +187,9 @@ def _outputs_of(
     assert several.out_dir is not None
     made = os.path.realpath(several.out_dir) + os.sep
     adapters = [path for path in adapters if not os.path.realpath(path).startswith(made)]
-    return outputs_below(several.out_dir, adapters, getattr(given.get("options"), "to", None))
+    outputs = outputs_below(several.out_dir, adapters, getattr(given.get("options"), "to", None))
+    check_apart((output, path) for path, output in outputs.items())
+    return outputs
 
 
 def _one(

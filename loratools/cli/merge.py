@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.merge.options import MergeOptions, Parameters
 from loratools.operations.merge.recipe import RecipeFiles, read_of
 from loratools.work.declared import declared
-from loratools.work.requests import Reading, Reporting, Writing
+from loratools.work.requests import Progress, Reading, Reporting, Writing
 from loratools.work.selection import Dropping
 from loratools_formats.contract.files import check_further
 from loratools_formats.disk.errors import OptionError
@@ -83,7 +83,7 @@ def command(
         destination(Writing(output=save_recipe, overwrite=writing.overwrite), None, [])
         check_further(save_recipe, [*others, *pages.files], overwrite=writing.overwrite)
 
-    def work(progress: Callable[[int, int], None] | None) -> MergeResult:
+    def work(progress: Progress | None) -> MergeResult:
         result = merge(
             sources,
             base=reading.base,

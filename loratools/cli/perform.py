@@ -20,7 +20,7 @@ from loratools.cli.pages import Pages, after
 from loratools.cli.progress import progress_bar
 from loratools.cli.wording import worded
 from loratools.face.result import Result
-from loratools.work.requests import Reporting, Writing
+from loratools.work.requests import Progress, Reporting, Writing
 from loratools_formats.disk.errors import (
     InexactError,
     LoratoolsError,
@@ -30,7 +30,6 @@ from loratools_formats.disk.errors import (
 )
 
 Found = TypeVar("Found", bound=Result)
-Progress = Callable[[int, int], None]
 _NONE = Pages()
 
 

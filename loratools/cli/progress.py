@@ -13,14 +13,14 @@ import time
 from collections.abc import Callable, Iterator
 
 from loratools.cli.output import human_bytes, say
+from loratools.work.requests import Progress
 
 _DELAY = 1.0
 _VARIABLE = "LORATOOLS_PROGRESS"
-Update = Callable[[int, int], None]
 
 
 @contextlib.contextmanager
-def progress_bar(label: str, *, quiet: bool, unit: str = "module") -> Iterator[Update | None]:
+def progress_bar(label: str, *, quiet: bool, unit: str = "module") -> Iterator[Progress | None]:
     """Yield a function to call with (done, total), or None if progress is not wanted.
 
     Args:

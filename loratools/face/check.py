@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from loratools.face.declare import Progress, public
+from loratools.face.declare import public
 from loratools.face.ran import Asked
 from loratools.face.result import Result
 from loratools.face.source import CardedModel, Model, destination, model_or_pipeline
@@ -26,7 +26,7 @@ from loratools.operations.check.remedy import Remedy, in_order
 from loratools.operations.check.rule import GROUPS
 from loratools.operations.check.rules import rule_named
 from loratools.work.parallel import Workers
-from loratools.work.requests import Reading, Writing
+from loratools.work.requests import Progress, Reading, Writing
 from loratools_formats.contract.files import read_adapter
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.findings import Severity

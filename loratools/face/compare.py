@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from loratools.face.declare import Progress, public
+from loratools.face.declare import public
 from loratools.face.result import Reported
 from loratools.face.shelf import Shelf, named_adapters
 from loratools.face.source import READING, Model, Source, model_or_pipeline, opened
@@ -16,7 +16,7 @@ from loratools.operations.compare.operation import CompareOptions
 from loratools.page.measured import bases_sections, compare_sections
 from loratools.page.parts import Section
 from loratools.work.parallel import Workers
-from loratools.work.requests import Reading
+from loratools.work.requests import Progress, Reading
 from loratools.work.selection import Selection
 
 

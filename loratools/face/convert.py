@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import ClassVar
 
 from loratools.base.named_base import about_base
-from loratools.face.declare import Progress, public
+from loratools.face.declare import public
 from loratools.face.result import AdapterResult, Reported, check_error
 from loratools.face.source import IN_PLACE, READING, ModelPlace, Source, destination, opened
 from loratools.folding.expert_order import overruled
+from loratools.operations.about_outputs import about_output
 from loratools.operations.convert.compare_written import ConversionCheck, compared
 from loratools.operations.convert.experts.choice import format_of
 from loratools.operations.convert.experts.layouts import Wanted
@@ -21,7 +22,7 @@ from loratools.operations.convert.options import ConvertOptions, SingleFileOptio
 from loratools.operations.reported import written_nbytes
 from loratools.work.declared import flags
 from loratools.work.json_object import hidden, named
-from loratools.work.requests import Reading, Writing
+from loratools.work.requests import Progress, Reading, Writing
 from loratools.work.selection import Dropping
 from loratools_formats.contract.commands import completed
 from loratools_formats.contract.files import write_adapter
@@ -322,18 +323,16 @@ def write(
         losses=(),
         relative_error=found[0].relative_error,
         other_error=found[0].other_error,
-        findings=(*adapter.notices, *get_format(chosen).writing_findings(adapter)),
+        findings=(*adapter.notices, *about_output(adapter)),
     )
 
 
 def _named_like(own: str, path: Path) -> str:
     """Return the format for a path: the adapter's own, if its files may have that name."""
-    name = path.name.lower()
     claimed = [
         entry.format
         for entry in registered_formats()
-        if entry.format is not None
-        if any(name.endswith(suffix) for suffix in entry.format.suffixes)
+        if entry.format is not None and entry.format.fits(path.name)
     ]
     of_own = any(entry.name == own for entry in claimed)
     if of_own or (not claimed and get_format(own).is_folder):

@@ -40,9 +40,6 @@ from loratools_formats.disk.parents import parents_made
 
 R = TypeVar("R")
 
-Progress = Callable[[int, int], None]
-"""Called with (done, in all) while an operation runs."""
-
 
 @dataclass(frozen=True)
 class Declaration:

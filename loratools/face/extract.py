@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from loratools.algebra.ranks import RankRule
 from loratools.face.choices import ChoiceRow, choice_rows
-from loratools.face.declare import Progress, public
+from loratools.face.declare import public
 from loratools.face.result import AdapterResult, Result, check_error
 from loratools.face.source import WRITING, Model, beside, destination, model_or_pipeline
 from loratools.lowrank.resize import ComputeOptions
@@ -22,7 +22,7 @@ from loratools.operations.extract.single_file import (
 )
 from loratools.operations.reported import written_nbytes
 from loratools.work.provenance import record_metadata
-from loratools.work.requests import Writing
+from loratools.work.requests import Progress, Writing
 from loratools.work.selection import Selection
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.format import Context

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar
 
 from loratools.algebra.median import median
 from loratools.algebra.sketch import standard_errors
-from loratools.face.declare import Progress, public
+from loratools.face.declare import public
 from loratools.face.result import Result
 from loratools.face.source import WRITING, Source, destination, opened
 from loratools.hub.references import Wanted, path_of
@@ -29,7 +29,7 @@ from loratools.operations.index.searching import (
 from loratools.operations.index.sketching import Subject, rows
 from loratools.work.declared import option
 from loratools.work.parallel import Workers
-from loratools.work.requests import Reading, Writing
+from loratools.work.requests import Progress, Reading, Writing
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import LoratoolsError, OptionError
 

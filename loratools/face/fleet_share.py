@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import ClassVar, TypeVar
 
 from loratools.algebra.ranks import RankRule
-from loratools.face.declare import Progress, public
+from loratools.face.declare import public
 from loratools.face.result import AdapterResult, Reported, check_error
 from loratools.face.shelf import Shelf, named_adapters
 from loratools.face.source import READING, WRITING, Source, beside, destination, label, opened
 from loratools.lowrank.resize import ComputeOptions
+from loratools.operations.about_outputs import about_output
 from loratools.operations.reported import written_nbytes
 from loratools.operations.shared import adding, operation, taking
 from loratools.operations.shared.adding import AddedModule, AddOptions
@@ -23,10 +24,9 @@ from loratools.operations.shared.taking import TakeOptions
 from loratools.work.call import running, running_call
 from loratools.work.json_object import hidden
 from loratools.work.parallel import Workers
-from loratools.work.requests import Reading, Writing
+from loratools.work.requests import Progress, Reading, Writing
 from loratools.work.selection import Dropping
 from loratools_formats.contract.files import write_adapter
-from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import OptionError
 from loratools_formats.disk.publish import publish_folder
@@ -285,7 +285,7 @@ def _taken(
 
 
 def _unshared(done: Sequence[taking.Taken]) -> FleetUnshareResult:
-    told = [get_format(one.adapter.format).writing_findings(one.adapter) for one in done]
+    told = [about_output(one.adapter) for one in done]
     return FleetUnshareResult(
         findings=tuple(dict.fromkeys(finding for each in told for finding in each)),
         made={one.name: one.adapter for one in done},

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from loratools.base.named_base import about_base
-from loratools.face.declare import Progress, public
+from loratools.face.declare import public
 from loratools.face.fuse_parts import FusePart, spread
 from loratools.face.result import Reported
 from loratools.face.source import (
@@ -32,7 +32,7 @@ from loratools.operations.fuse.pipeline import PipelineFusion
 from loratools.operations.fuse.result import FusePreview
 from loratools.operations.fuse.result import FuseResult as Fused
 from loratools.work.json_object import hidden
-from loratools.work.requests import Reading, Writing
+from loratools.work.requests import Progress, Reading, Writing
 from loratools.work.selection import Dropping
 from loratools.work.shard import Shard
 from loratools_formats.checkpoints.pipelines import is_pipeline

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from loratools.face.declare import Progress
 from loratools.face.result import Result
 from loratools.operations.fuse.parts import Spreading
 from loratools.work.cluster import Engine, connected
 from loratools.work.memory import keep_memory
+from loratools.work.requests import Progress
 from loratools.work.shard import Shard
 from loratools_formats.disk.errors import OptionError
 

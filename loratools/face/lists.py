@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from loratools.face.declare import public
 from loratools.face.result import Result
 from loratools.work.json_object import named
-from loratools_formats.contract.registry import registered_formats
+from loratools_formats.contract.registry import get_format, registered_formats
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,20 @@ class MethodsResult(Result):
 
 
 @public()
-def formats() -> FormatsResult:
+def formats(name: str | None = None) -> FormatsResult:
     """Return the registered formats. A broken plugin is an entry, not an error.
 
     >>> import loratools as lt
-    >>> [entry.write for entry in lt.formats().formats if entry.name == "peft"]
+    >>> [entry.write for entry in lt.formats("peft").formats]
     [True]
+
+    Args:
+        name: the name of one format, in capital or small letters; all formats by default.
+
+    Raises:
+        UnknownFormatError: no format has the name, or that one is broken.
     """
+    only = None if name is None else get_format(name).name
     return FormatsResult(
         formats=tuple(
             FormatInfo(
@@ -105,20 +112,28 @@ def formats() -> FormatsResult:
                 description=None if entry.format is None else entry.format.description,
             )
             for entry in registered_formats()
+            if only in (None, entry.name)
         )
     )
 
 
 @public()
-def methods() -> MethodsResult:
+def methods(name: str | None = None) -> MethodsResult:
     """Return the registered merge methods. A broken plugin is an entry, not an error.
 
     >>> import loratools as lt
-    >>> [entry.parameters["density"] for entry in lt.methods().methods if entry.name == "ties"]
+    >>> [entry.parameters["density"] for entry in lt.methods("ties").methods]
     [0.2]
-    """
-    from loratools.operations.merge.methods import registered_methods
 
+    Args:
+        name: the name of one method, in capital or small letters; all methods by default.
+
+    Raises:
+        OptionError: no method has the name, or that one is broken.
+    """
+    from loratools.operations.merge.methods import get_method, registered_methods
+
+    only = None if name is None else get_method(name).name
     return MethodsResult(
         methods=tuple(
             MethodInfo(
@@ -134,5 +149,6 @@ def methods() -> MethodsResult:
                 else {name.rstrip("_"): value for name, value in entry.method.parameters.items()},
             )
             for entry in registered_methods()
+            if only in (None, entry.name)
         )
     )

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from loratools.algebra.ranks import RankRule
 from loratools.base.named_base import distinct_bases
-from loratools.face.declare import Progress, public
+from loratools.face.declare import public
 from loratools.face.result import AdapterResult, check_error
 from loratools.face.source import (
     READING,
@@ -42,7 +42,7 @@ from loratools.operations.merge.result import MergeModuleReport
 from loratools.operations.reported import written_nbytes
 from loratools.work.call import call_of, running
 from loratools.work.json_object import hidden
-from loratools.work.requests import Reading, Writing
+from loratools.work.requests import Progress, Reading, Writing
 from loratools.work.selection import Dropping
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.files import check_apart, write_adapter

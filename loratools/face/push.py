@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from loratools.face.declare import Progress, public
+from loratools.face.declare import public
 from loratools.face.push_card import (
     base_model_of,
     card_before,
@@ -31,7 +31,7 @@ from loratools.hub.references import Reference, Wanted, parse_target
 from loratools.operations.check.options import CheckOptions
 from loratools.work.json_object import named
 from loratools.work.parallel import Workers
-from loratools.work.requests import Writing
+from loratools.work.requests import Progress, Writing
 from loratools_formats.contract.files import read_adapter, write_adapter
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.findings import Finding

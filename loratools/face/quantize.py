@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import ClassVar
 
 from loratools.base.fourbit.encode import FourBitOptions
-from loratools.face.declare import Progress, public
+from loratools.face.declare import public
 from loratools.face.result import Reported
 from loratools.face.source import WRITING, CopiedModel, destination, model
 from loratools.operations import quantize as working
 from loratools.work.call import kept
 from loratools.work.json_object import hidden
 from loratools.work.parallel import Workers
-from loratools.work.requests import Writing
+from loratools.work.requests import Progress, Writing
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from loratools.base.decompositions import IntruderOptions
-from loratools.face.declare import Progress, public
+from loratools.face.declare import public
 from loratools.face.result import AdapterResult, check_error
 from loratools.face.source import (
     IN_PLACE,
@@ -21,7 +21,7 @@ from loratools.face.source import (
 from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.repair import operation
 from loratools.operations.repair.result import RepairOptions, RepairReport
-from loratools.work.requests import Reading, Writing
+from loratools.work.requests import Progress, Reading, Writing
 from loratools.work.selection import Selection
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from loratools.face.ran import Asked, Ran
+from loratools.operations.about_outputs import about_output
 from loratools.operations.reported import adapter_report
 from loratools.work.json_object import as_json, hidden, json_name
 from loratools.work.requests import Writing
@@ -142,7 +143,7 @@ class AdapterResult(Reported):
     adapter: Adapter = hidden()
 
     def __post_init__(self) -> None:
-        about = get_format(self.adapter.format).writing_findings(self.adapter)
+        about = about_output(self.adapter)
         object.__setattr__(self, "findings", tuple(dict.fromkeys((*self.findings, *about))))
         super().__post_init__()
         made = self.adapter.provenance
@@ -186,7 +187,7 @@ def _check_name(output: Path, format_name: str) -> None:
         other = entry.format
         if other is None or other.is_folder or other.write is None:
             continue
-        if any(output.name.lower().endswith(suffix) for suffix in other.suffixes):
+        if other.fits(output.name):
             folder = shlex.quote(str(output.with_suffix("")))
             raise OptionError(
                 f"format {format_name} is a folder, and the output is named as a file",

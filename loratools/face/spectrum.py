@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from loratools.base.decompositions import IntruderOptions
-from loratools.face.declare import Progress, public
+from loratools.face.declare import public
 from loratools.face.result import Result
 from loratools.face.source import READING, Model, Source, model_or_pipeline, opened
 from loratools.folding.expert_order import overruled
@@ -18,7 +18,7 @@ from loratools.operations.spectrum.options import SpectrumOptions
 from loratools.page.measured import spectrum_sections
 from loratools.page.parts import Section
 from loratools.work.parallel import Workers
-from loratools.work.requests import Reading
+from loratools.work.requests import Progress, Reading
 from loratools.work.selection import Selection
 from loratools_formats.core.findings import Finding
 

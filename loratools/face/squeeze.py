@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from loratools.algebra.ranks import RankRule
 from loratools.face.choices import ChoiceRow, choice_rows
-from loratools.face.declare import Progress, public
+from loratools.face.declare import public
 from loratools.face.result import AdapterResult, Result, check_error
 from loratools.face.source import IN_PLACE, READING, Source, beside, destination, trained
 from loratools.lowrank.moments import Calibration, read_moments
@@ -15,7 +15,7 @@ from loratools.lowrank.resize import ComputeOptions
 from loratools.operations import squeeze as operation
 from loratools.operations.reported import written_nbytes
 from loratools.operations.squeeze import ModuleReport
-from loratools.work.requests import Reading, Writing
+from loratools.work.requests import Progress, Reading, Writing
 from loratools.work.selection import Dropping, Selection
 from loratools_formats.disk.errors import OptionError
 
@@ -78,7 +78,8 @@ def squeeze(
     """Compress an adapter's ranks with the smallest possible error.
 
     Every ΔW = scale · b @ a, with a: (r, in) and b: (out, r), is decomposed from its factors, and
-    its leading singular triplets become new factors of scale 1.
+    its leading singular triplets become new factors. Their scale is 1, unless `keep_alpha` or the
+    format decides otherwise.
 
     >>> import loratools as lt
     >>> result = lt.squeeze("examples/tiny-llama/lora", rank=8)

@@ -11,9 +11,8 @@ from loratools.hub.options import PushOptions
 from loratools.hub.references import Reference, parse_target
 from loratools.hub.upload import Target, may_publish
 from loratools_formats.contract.registry import get_format
+from loratools_formats.core.file_names import WRITTEN_ENDINGS
 from loratools_formats.disk.temporaries import temporary_folder
-
-_SUFFIXES = (".safetensors", ".gguf")
 
 
 def published(
@@ -58,7 +57,7 @@ def _name(reference: Reference, arguments: Mapping[str, Any]) -> tuple[Reference
     ending of the format or of the input.
     """
     folder, _, last = reference.inside.rpartition("/")
-    if last.endswith(_SUFFIXES):
+    if last.endswith(WRITTEN_ENDINGS):
         return reference.at(folder), last
     name = last or reference.repo.rpartition("/")[2]
     return reference, name + _suffix(arguments)
@@ -67,13 +66,12 @@ def _name(reference: Reference, arguments: Mapping[str, Any]) -> tuple[Reference
 def _suffix(arguments: Mapping[str, Any]) -> str:
     to = getattr(arguments.get("options"), "to", None)
     if isinstance(to, str):
-        chosen = get_format(to)
-        return "" if chosen.is_folder else chosen.suffixes[0]
+        return get_format(to).ending
     first: Any = next(iter(arguments.values()))
     while isinstance(first, Mapping | Sequence) and not isinstance(first, str):
         first = next(iter(first), None)
     path = getattr(first, "source", first)
     if isinstance(path, str | os.PathLike) and os.path.isfile(path):
         ending = Path(path).suffix
-        return ending if ending in _SUFFIXES else ""
+        return ending if ending in WRITTEN_ENDINGS else ""
     return ""

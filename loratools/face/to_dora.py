@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from loratools.base.named_base import about_base
-from loratools.face.declare import Progress, public
+from loratools.face.declare import public
 from loratools.face.result import AdapterResult
 from loratools.face.source import (
     IN_PLACE,
@@ -21,7 +21,7 @@ from loratools.face.source import (
 from loratools.operations import to_dora as operation
 from loratools.operations.to_dora import ToDoraModuleReport
 from loratools.work.parallel import Workers
-from loratools.work.requests import Reading, Writing
+from loratools.work.requests import Progress, Reading, Writing
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -8,7 +8,7 @@ from typing import ClassVar
 from loratools.algebra.ranks import RankRule
 from loratools.base.named_base import about_base
 from loratools.face.choices import ChoiceRow, choice_rows
-from loratools.face.declare import Progress, public
+from loratools.face.declare import public
 from loratools.face.result import AdapterResult, Result, check_error
 from loratools.face.source import (
     IN_PLACE,
@@ -25,7 +25,7 @@ from loratools.lowrank.resize import ComputeOptions
 from loratools.operations import to_lora as operation
 from loratools.operations.reported import written_nbytes
 from loratools.operations.to_lora import ToLoraModuleReport, ToLoraOptions
-from loratools.work.requests import Reading, Writing
+from loratools.work.requests import Progress, Reading, Writing
 from loratools.work.selection import Dropping
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter

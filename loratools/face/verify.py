@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, TypeGuard
 
-from loratools.face.declare import Progress, public
+from loratools.face.declare import public
 from loratools.face.fuse import fuse_inputs
 from loratools.face.result import Reported
 from loratools.face.source import Model, Weighted, model
@@ -15,7 +15,7 @@ from loratools.hub.references import path_of
 from loratools.operations import verify as operation
 from loratools.operations.verify import TensorVerdict, Verdict
 from loratools.work.parallel import Workers
-from loratools.work.requests import Reading
+from loratools.work.requests import Progress, Reading
 from loratools_formats.checkpoints.pipelines import is_pipeline
 
 

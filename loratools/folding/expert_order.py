@@ -12,12 +12,11 @@ from typing import Any
 
 from loratools_formats.core.adapter import Adapter, ExpertLayout
 from loratools_formats.core.change import ModuleChange
+from loratools_formats.core.peft_facts import B_LAYOUT, EXPERT_MAJOR, RANK_MAJOR
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import OptionError
 
-SETTING = "lora_B_layout"
-"""What users call the order, as Unsloth's marker does."""
-_GROUPED = {"rank_major": False, "grouped_by_expert": True}
+_GROUPED = {RANK_MAJOR: False, EXPERT_MAJOR: True}
 _ABOUT_ORDER = ("expert-order-guessed", "expert-order-doubtful", "experts-grouped")
 
 
@@ -31,16 +30,18 @@ def overruled(adapter: Adapter, given: Mapping[str, Any]) -> tuple[Adapter, dict
     Raises:
         OptionError: the order is not known, or the adapter has no stacked experts.
     """
-    rest = {key: value for key, value in given.items() if key != SETTING}
-    if SETTING not in given:
+    rest = {key: value for key, value in given.items() if key != B_LAYOUT}
+    if B_LAYOUT not in given:
         return adapter, rest
-    order = given[SETTING]
+    order = given[B_LAYOUT]
     if order not in _GROUPED:
-        raise OptionError(f"{SETTING} has no such value", got=order, expected=" or ".join(_GROUPED))
+        raise OptionError(
+            f"{B_LAYOUT} has no such value", got=order, expected=" or ".join(_GROUPED)
+        )
     modules = {name: _ordered(c, grouped=_GROUPED[order]) for name, c in adapter.modules.items()}
     if not any(_is_flat(change) for change in modules.values()):
         raise OptionError(
-            f"{SETTING} is about stacked experts, and the adapter has none",
+            f"{B_LAYOUT} is about stacked experts, and the adapter has none",
             path=adapter.source,
             got=None if adapter.expert_layout is None else adapter.expert_layout.described,
         )

@@ -9,6 +9,7 @@ from loratools.base.placement import rules
 from loratools.base.placement.class_view import class_view
 from loratools.base.placement.names import Names
 from loratools.base.placement.orient import stack_is_swapped, stack_is_transposed
+from loratools.folding.base_layout import in_base_layout
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.facts import model_types
 from loratools_formats.core.adapter import Adapter
@@ -78,6 +79,16 @@ def _stacks(adapter: Adapter) -> dict[str, LowRank]:
     }
 
 
+def straight_beside(adapter: Adapter, base: Checkpoint | None) -> Adapter:
+    """Return an adapter as it lies in a base, with A of stacks on the inputs where that is known.
+
+    Raises:
+        UnsupportedError: a layout of its own, as GGUF has one, is not known.
+        AdapterError: the base model is another one.
+    """
+    return straightened(with_sides(in_base_layout(adapter, base), base))
+
+
 def straightened(adapter: Adapter) -> Adapter:
     """Return an adapter whose stacks have A on the inputs, but for those of an unknown side."""
     return _turned(adapter, swapped=True)
@@ -101,3 +112,17 @@ def _turned(adapter: Adapter, *, swapped: bool) -> Adapter:
         and change.layer.swapped is swapped
     }
     return replace(adapter, modules={**adapter.modules, **turned}) if turned else adapter
+
+
+def turned_back(adapter: Adapter, before: Adapter) -> Adapter:
+    """Return an adapter whose stacks have A on the outputs again where they had it before.
+
+    Args:
+        adapter: one whose stacks were straightened.
+        before: it, before that; its sides are known.
+    """
+    modules = dict(adapter.modules)
+    for name, change in adapter.modules.items():
+        if change.factors is not None and before.modules[name].layer.swapped is True:
+            modules[name] = change.with_direction(exchanged(change.factors))
+    return replace(adapter, modules=modules)

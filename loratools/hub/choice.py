@@ -14,18 +14,19 @@ from loratools.hub.listing import Listing
 from loratools.hub.references import Beside, Reference, Want
 from loratools_formats.checkpoints.no_checkpoint import WEIGHT_SUFFIXES
 from loratools_formats.core.attachments import ATTACHMENTS
+from loratools_formats.core.file_names import (
+    ADAPTER_CONFIG,
+    MLX_WEIGHTS,
+    MODEL_WEIGHTS,
+    PEFT_WEIGHTS,
+    WEIGHT_ENDINGS,
+    WEIGHTS_OF_ADAPTERS,
+    may_be_adapter,
+)
 from loratools_formats.disk.errors import HubError, LoratoolsError, MissingFileError
 
-CONFIG = "adapter_config.json"
 CARD = "README.md"
-_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
-_WITH_CONFIG = ("adapter_model.safetensors", "adapters.safetensors")
-_SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".nemo")
-_OF_TRAINING = re.compile(r"(?:optimizer|scheduler|rng_state.*|training_args|scaler)\.(?:bin|pth?)")
-_OF_MODELS = re.compile(
-    r"(?:model|diffusion_pytorch_model|pytorch_model|consolidated)[-.\w]*\.(?:safetensors|bin)"
-    r"(?:\.index\.json)?"
-)
+_WITH_CONFIG = (PEFT_WEIGHTS, MLX_WEIGHTS)
 _MODEL_FACTS = re.compile(r"(?:config|.+\.safetensors\.index)\.json")
 _SPLIT = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
 _LARGEST_LIST = 3
@@ -86,7 +87,7 @@ def with_weights_later(found: Listing, chosen: Choice) -> Choice:
         name
         for name in chosen.now
         if name.rpartition("/")[2] in _WITH_CONFIG
-        and _in(name.rpartition("/")[0], [CONFIG])[0] in chosen.now
+        and _in(name.rpartition("/")[0], [ADAPTER_CONFIG])[0] in chosen.now
         and not 0 < found.files[name] <= _SMALL_BYTES
     )
     now = tuple(name for name in chosen.now if name not in later)
@@ -102,22 +103,24 @@ def _file(found: Listing, inside: str, want: Want) -> Choice:
         now = sorted(n for n in here if (m := _SPLIT.fullmatch(n)) and m[1] == splits[1])
     if want == "model" and name.endswith(".safetensors"):
         return Choice(inside, (), (inside,))
-    if want == "adapter" and CONFIG in here and name.endswith(_SUFFIXES):
-        now.append(CONFIG)  # it tells the scale of weights that lie beside it
+    if want == "adapter" and ADAPTER_CONFIG in here and name.endswith(WEIGHT_ENDINGS):
+        now.append(ADAPTER_CONFIG)  # it tells the scale of weights that lie beside it
     return Choice(inside, tuple(_in(folder, dict.fromkeys(now))))
 
 
 def _adapter(found: Listing, inside: str, names: list[str], beside: Beside) -> Choice:
     own = [name for name in names if "/" not in name]
-    if CONFIG in own:
-        weights = [n for n in own if n in _WEIGHTS] or [n for n in own if _may_be_adapter(n)]
+    if ADAPTER_CONFIG in own:
+        weights = [name for name in own if name in WEIGHTS_OF_ADAPTERS]
+        weights = weights or [name for name in own if may_be_adapter(name)]
         if not weights:
-            raise _incomplete(found, f"{CONFIG} is there, and no weights")
+            raise _incomplete(found, f"{ADAPTER_CONFIG} is there, and no weights")
         others = [name for name in names if _is_beside_adapter(found, inside, name, beside)]
-        return Choice(inside, tuple(_in(inside, dict.fromkeys([CONFIG, *weights, *others]))))
+        needed = dict.fromkeys([ADAPTER_CONFIG, *weights, *others])
+        return Choice(inside, tuple(_in(inside, needed)))
     if ".metadata" in own and any(name.endswith(".distcp") for name in own):
         return Choice(inside, tuple(_in(inside, own)))
-    files = [name for name in own if _may_be_adapter(name)]
+    files = [name for name in own if may_be_adapter(name)]
     safe = [name for name in files if name.endswith(".safetensors")]
     chosen = safe if len(safe) == 1 else files
     if len(chosen) == 1 and not _is_model(own):
@@ -135,7 +138,7 @@ def _no_adapter(
             path=path,
             hint=f"To put an adapter into it: loratools fuse {path} ADAPTER -o fused",
         )
-    folders = sorted(name.rpartition("/")[0] for name in names if name.endswith(f"/{CONFIG}"))
+    folders = sorted(_folders_with_config(names) - {""})
     places = _in(inside, folders) or _in(inside, files)
     if places:
         what = "folders" if folders else "files"
@@ -151,7 +154,7 @@ def _no_adapter(
         "holds no adapter",
         path=path,
         got=_few(own) or "no file",
-        expected=f"{CONFIG} with {_WEIGHTS[0]}, or one file of weights",
+        expected=f"{ADAPTER_CONFIG} with {PEFT_WEIGHTS}, or one file of weights",
     )
 
 
@@ -159,7 +162,7 @@ def _model(found: Listing, inside: str, names: list[str], beside: Beside) -> Cho
     own = [name for name in names if "/" not in name]
     weights = [name for name in own if name.endswith(".safetensors")]
     facts = [name for name in own if _MODEL_FACTS.fullmatch(name)]
-    if CONFIG in own and not _is_model(own):
+    if ADAPTER_CONFIG in own and not _is_model(own):
         raise HubError(
             "is an adapter, not a model",
             path=str(found.reference),
@@ -175,7 +178,7 @@ def _no_model(found: Listing, inside: str, names: list[str], own: list[str]) -> 
     inner = [name.split("/") for name in names if name.count("/") == 1]
     parts = sorted({folder for folder, name in inner if _is_model([name])})
     main = [part for part in parts if part in ("transformer", "unet")]
-    files = [name for name in own if name.endswith(_SUFFIXES)]
+    files = [name for name in own if name.endswith(WEIGHT_ENDINGS)]
     places = _in(inside, main or parts or files)
     if places:
         what = "is a pipeline of several models" if parts else "holds files of weights"
@@ -196,16 +199,20 @@ def _no_model(found: Listing, inside: str, names: list[str], own: list[str]) -> 
 
 
 def _shelf(found: Listing, inside: str, names: list[str]) -> Choice:
-    folders = {name.rpartition("/")[0] for name in names if name.endswith(CONFIG)}
+    folders, own = _folders_with_config(names), (ADAPTER_CONFIG, *WEIGHTS_OF_ADAPTERS)
     kept = [
         name
-        for name in names
-        if (name.rpartition("/")[0] in folders and name.rpartition("/")[2] in (CONFIG, *_WEIGHTS))
-        or ("/" not in name and _may_be_adapter(name))
+        for name, (folder, _, leaf) in ((name, name.rpartition("/")) for name in names)
+        if (folder in folders and leaf in own) or (not folder and may_be_adapter(leaf))
     ]
     if not kept:
         raise MissingFileError("holds no adapters", path=str(found.reference))
     return Choice(inside, tuple(_in(inside, kept)))
+
+
+def _folders_with_config(names: Iterable[str]) -> set[str]:
+    split = (name.rpartition("/") for name in names)
+    return {folder for folder, _, leaf in split if leaf == ADAPTER_CONFIG}
 
 
 def _is_beside_adapter(found: Listing, inside: str, name: str, beside: Beside) -> bool:
@@ -226,16 +233,8 @@ def _is_beside_model(name: str, beside: Beside) -> bool:
     return not is_hidden and not name.endswith(WEIGHT_SUFFIXES)
 
 
-def _may_be_adapter(name: str) -> bool:
-    return (
-        name.endswith(_SUFFIXES)
-        and not _OF_TRAINING.fullmatch(name)
-        and not _OF_MODELS.fullmatch(name)
-    )
-
-
 def _is_model(names: Iterable[str]) -> bool:
-    return any(_OF_MODELS.fullmatch(name) for name in names)
+    return any(MODEL_WEIGHTS.fullmatch(name) for name in names)
 
 
 def _in(folder: str, names: Iterable[str]) -> list[str]:
@@ -256,7 +255,7 @@ def _nothing(found: Listing) -> LoratoolsError:
 
 
 def _such_as(found: Listing) -> str | None:
-    files = [name for name in found.files if name.endswith(_SUFFIXES)]
+    files = [name for name in found.files if name.endswith(WEIGHT_ENDINGS)]
     return f"It holds {_few(files)}" if files else None
 
 

@@ -25,8 +25,8 @@ class PushOptions:
         card: take the card's text from this file instead of the repository or the folder.
         no_card: publish no card, and leave the repository's as it is.
         no_check: publish without running `check` first.
-        fail_on: publish nothing, and exit with 1, for findings of this severity or worse; error by
-            default.
+        fail_on: publish nothing, and fail (exit code 1), for findings of this severity or worse;
+            error by default.
 
     Raises:
         OptionError: options that contradict each other.

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote, unquote, urlsplit
 
+from loratools_formats.core.file_names import WEIGHT_ENDINGS
 from loratools_formats.disk.errors import OptionError
 
 if sys.platform == "win32":
@@ -69,8 +70,7 @@ _SPECIAL_REVISION = re.compile(r"refs/(?:pr/\d+|convert/[\w.-]+)(?=/|$)")
 _URL = re.compile(r"https?:/{1,2}", re.IGNORECASE)
 _HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 _OF_FILES = (
-    ".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".nemo", ".json", ".yaml", ".yml",
-    ".toml", ".md", ".txt", ".html", ".png", ".zip",
+    *WEIGHT_ENDINGS, ".json", ".yaml", ".yml", ".toml", ".md", ".txt", ".html", ".png", ".zip",
 )  # fmt: skip
 
 

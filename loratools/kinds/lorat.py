@@ -7,13 +7,12 @@ does not change. Source: `LoRALayer` and `merge.py` of LitingLin/LoRAT 5260744.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from loratools.kinds.declaration import DeltaForm, Kind, Product, Tensors, Weight
 from loratools_formats.core.change import KindDelta
 from loratools_formats.core.dtypes import Array
+from loratools_formats.core.factors import scale_of
 
 
 def _form(delta: KindDelta, _: Weight) -> DeltaForm:
@@ -30,7 +29,7 @@ def _form(delta: KindDelta, _: Weight) -> DeltaForm:
             raise tensors.wrong_shape(f"b{end}", f"(out, {len(a)})")
         if blocks and len(b) != len(blocks[0][1]):
             raise tensors.wrong_shape(f"b{end}", f"{len(blocks[0][1])} rows, as the other parts")
-        scale = alpha / (math.sqrt(len(a)) if rslora else len(a))
+        scale = scale_of(alpha, len(a), is_rooted=rslora)
         blocks.append((parts.find(part), scale * b, a))
     height, rank = len(blocks[0][1]), sum(len(a) for _, _, a in blocks)
     whole, column = np.zeros((height * max(len(parts), 1), rank)), 0

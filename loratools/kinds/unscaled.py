@@ -6,10 +6,9 @@
 
 from __future__ import annotations
 
-import math
-
 from loratools.kinds.declaration import DeltaForm, Kind, Product, Tensors, Weight
 from loratools_formats.core.change import KindDelta
+from loratools_formats.core.factors import scale_of
 
 
 def _form(delta: KindDelta, _: Weight) -> DeltaForm:
@@ -17,8 +16,8 @@ def _form(delta: KindDelta, _: Weight) -> DeltaForm:
     a, b = tensors["a"], tensors["b"]
     if b.shape[1] != len(a):
         raise tensors.wrong_shape("b", f"(out, {len(a)})")
-    root = math.sqrt(len(a)) if settings["variant"] == "rslora" else len(a)
-    return Product(settings["alpha"] / root * b, a)
+    scale = scale_of(settings["alpha"], len(a), is_rooted=settings["variant"] == "rslora")
+    return Product(scale * b, a)
 
 
 KIND = Kind(

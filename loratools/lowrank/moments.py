@@ -20,7 +20,7 @@ from loratools_formats.core.change import LowRank
 from loratools_formats.core.dtypes import Array
 from loratools_formats.core.tensors import TensorRef, in_memory
 from loratools_formats.disk import strict_json
-from loratools_formats.disk.errors import AdapterError
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 _FORMAT = "loratools-stats"
 _MAKE = "Make one with loratools.training.collect_stats, or leave the module out with `exclude`"
@@ -54,7 +54,16 @@ class Moments:
 
         Raises:
             AdapterError: they are missing, or of another size.
+            UnsupportedError: A of a stack of experts is on the outputs, or its side is not known.
         """
+        swapped, is_square = factors.layer.swapped, factors.shape[0] == factors.shape[1]
+        if swapped or (swapped is None and factors.layer.parameters and is_square):
+            raise UnsupportedError(
+                "second moments are of inputs, and A of these experts is not known to be on them",
+                tensor=name,
+                hint="Put A on the inputs first, which is exact: loratools convert ADAPTER "
+                "--to peft --base BASE -o converted",
+            )
         tensor = self._tensor(name)
         size = factors.shape[1]
         whole = (size, size) if tensor.key.endswith(".gram") else (size,)

@@ -48,7 +48,7 @@ class ComputeOptions(Computing):
         power_iterations: power iterations of the randomised SVD.
         seed: seed of all random numbers; every matrix derives its own seed from it.
         keep_alpha: keep each module's alpha and change the factors accordingly; by default alpha
-            becomes the rank.
+            becomes the rank, and in a UNet's kohya file the alpha that most modules have.
 
     Raises:
         OptionError: a number out of range, or an unknown type.

@@ -71,6 +71,8 @@ def schemes_of(key: Key) -> tuple[Scheme, ...]:
 def original_spelling(name: str, table: Table) -> str | None:
     """Return a name of diffusers' prefix with that of original names; None if it has another.
 
+    An original path may begin as a component of another pipeline is called: `decoder.` of ACE-Step.
+
     >>> from loratools.naming.tables import find_table
     >>> original_spelling("transformer.double_blocks.0.img_attn_qkv", find_table("hunyuan_video"))
     'diffusion_model.double_blocks.0.img_attn_qkv'
@@ -80,8 +82,10 @@ def original_spelling(name: str, table: Table) -> str | None:
         return None
     if key.flat:
         return f"lora_unet_{key.path}" if table.component == "transformer" else None
-    is_own = key.prefix.partition(".")[0] in table.components
-    return f"diffusion_model.{key.path}" if is_own else None
+    if key.prefix.partition(".")[0] in table.components:
+        return f"diffusion_model.{key.path}"
+    is_path = table.locate(name, flat=False, schemes=("original",)) is not None
+    return f"diffusion_model.{name}" if is_path else None
 
 
 def located(name: str, table: Table, shape: Shape = (None, None)) -> Place | TextPlace | None:

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from loratools.operations.provenance import ChainInput, ChainStep
+from loratools_formats.core.file_names import WRITTEN_ENDINGS
 from loratools_formats.disk.errors import MissingDependencyError, OptionError
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def _component(
     from cyclonedx.model.component import Component, ComponentType
 
     hashes: Iterable[HashType] = ()
-    weights = [digest for file, digest in files if file.endswith((".safetensors", ".gguf"))]
+    weights = [digest for file, digest in files if file.endswith(WRITTEN_ENDINGS)]
     weights = weights or [digest for _, digest in files]
     if len(weights) == 1 and "sha256" in weights[0]:
         hashes = [HashType(alg=HashAlgorithm.SHA_256, content=weights[0]["sha256"])]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ from loratools.work.buffers import Buffers
 from loratools.work.declared import option
 from loratools.work.parallel import Workers, in_order, usable_cores
 from loratools.work.provenance import operation_record
-from loratools.work.requests import Sharding
+from loratools.work.requests import Progress, Sharding
 from loratools.work.spellings import dtype as dtype_name
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.checkpoint_write import grouped
@@ -107,7 +107,7 @@ def dequantize(
     max_shard_bytes: int | None = None,
     overwrite: bool = False,
     workers: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> DequantizeResult:
     """Turn all quantised weights of a checkpoint into plain ones.
 

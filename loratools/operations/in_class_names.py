@@ -16,7 +16,7 @@ from loratools.base.placement.class_view import class_view
 from loratools.base.placement.names import Names
 from loratools.base.placement.orient import stack_is_transposed
 from loratools.base.placement.pieces import is_whole, pieces, put_together
-from loratools.base.placement.place import module_placements, unmatched
+from loratools.base.placement.place import has_place, module_placements, unmatched
 from loratools.base.placement.sites import sites
 from loratools.base.placement.tied_head import with_tied_heads
 from loratools_formats.checkpoints import expert_classes
@@ -25,6 +25,7 @@ from loratools_formats.checkpoints.facts import DEFAULT_HEAD, head_of
 from loratools_formats.contract.commands import command_on
 from loratools_formats.core.adapter import Adapter, Replacement
 from loratools_formats.core.change import Layer, ModuleChange
+from loratools_formats.core.findings import Finding
 from loratools_formats.core.peft_facts import declared, replaced_name, targets
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
@@ -55,7 +56,7 @@ def in_class_names(
     stored = dequantised(base).checkpoint
     names = Names(stored if as_stored else class_view(stored).checkpoint)
     adapters = [with_tied_heads(names, adapter) for adapter in adapters]
-    changes = [_by_weight(names, adapter) for adapter in adapters]
+    changes = [_by_weight(names, adapter, as_stored=as_stored) for adapter in adapters]
     paths = _paths({key for each in changes for key in each})
     return [
         _renamed(names, adapter, {paths[key]: change for key, change in each.items()})
@@ -66,8 +67,8 @@ def in_class_names(
 def renamed_to_class(adapter: Adapter, base: Checkpoint) -> Adapter:
     """Return an adapter of PEFT whose modules have the class's names where only names differ.
 
-    Modules that the class divides otherwise stay as they are, as do those that the base lacks, and
-    all of them where two would become one.
+    Modules that the class divides otherwise stay as they are, and all of them where two would
+    become one. So do those that the base lacks, with a finding that says so.
     """
     if adapter.format != "peft":
         return adapter
@@ -75,6 +76,12 @@ def renamed_to_class(adapter: Adapter, base: Checkpoint) -> Adapter:
     if not names.has_class:
         return adapter
     modules = {_name_in_class(names, m, c): c for m, c in adapter.modules.items()}
+    absent = [m for m, c in adapter.modules.items() if not has_place(names, m, c)]
+    if absent:
+        several = f" and {len(absent) - 1} more are" if len(absent) > 1 else " is"
+        text = f"{absent[0]}{several} not in the base, where PEFT drops such changes"
+        told = Finding("not-in-base", "warning", absent[0], text)
+        adapter = replace(adapter, findings=(*adapter.findings, told))
     return _renamed(names, adapter, modules) if len(modules) == len(adapter.modules) else adapter
 
 
@@ -86,7 +93,7 @@ def _name_in_class(names: Names, module: str, change: ModuleChange) -> str:
     return found[0].key.removesuffix(_WEIGHT) if whole else module
 
 
-def _by_weight(names: Names, adapter: Adapter) -> dict[str, ModuleChange]:
+def _by_weight(names: Names, adapter: Adapter, *, as_stored: bool) -> dict[str, ModuleChange]:
     """Return an adapter's changes by the weight in the class that each is all of."""
     found: dict[str, list[tuple[Placement | None, ModuleChange]]] = {}
     missing = []
@@ -98,7 +105,10 @@ def _by_weight(names: Names, adapter: Adapter) -> dict[str, ModuleChange]:
             found.setdefault(key, []).append((placement, change))
     if missing:
         raise unmatched(names, missing, adapter)
-    return {key: _whole(names, adapter, key, members) for key, members in found.items()}
+    return {
+        key: _whole(names, adapter, key, members, as_stored=as_stored)
+        for key, members in found.items()
+    }
 
 
 def _placed(names: Names, module: str, change: ModuleChange) -> list[tuple[str, Placement | None]]:
@@ -157,6 +167,8 @@ def _whole(
     adapter: Adapter,
     key: str,
     members: Sequence[tuple[Placement | None, ModuleChange]],
+    *,
+    as_stored: bool,
 ) -> ModuleChange:
     placements = [placement for placement, _ in members if placement is not None]
     if len(placements) < len(members):
@@ -167,7 +179,9 @@ def _whole(
                 tensor=key,
             )
         change = members[0][1]
-        if not change.layer.parameters and (change.is_dora or not names.is_bare(key)):
+        # What classes of today have no layer for was one in those of transformers 4.
+        is_layer = as_stored or change.is_dora or not names.is_bare(key)
+        if is_layer and not change.layer.parameters:
             return change
         layer = replace(change.layer, parameters=(key,))
         return change.with_direction(replace(change.direction, layer=layer))

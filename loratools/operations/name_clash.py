@@ -29,6 +29,9 @@ _EXPERTS = re.compile(
     r"(?P<layer>(?:.*\.)?\d+)\.(?:.+\.)?(?P<kind>experts|switch_mlp)\b(?P<rest>.*)"
 )
 _PROJECTION = re.compile(r"\.(?:gate|up|down)_proj")
+_BY_NUMBER = frozenset({"w1", "w2", "w3", "v1"})
+_GATE_AND_UP = frozenset({"gate_proj", "up_proj", "w1", "w3"})
+"""Of single experts, where these are two modules."""
 _NUMBERED = re.compile(r"(?:.*?\.)?\d+(?=\.)")
 _NEUTRAL = rules.NEUTRAL | {"thinker"}
 
@@ -126,6 +129,8 @@ def _places(module: str, layer: Layer) -> Iterator[tuple[str, str]]:
         kind = "single" if single else stacked
         head = module.partition(experts["kind"])[0]
         yield f"{experts['layer']} experts", f"{kind} {head}"
+        if single:
+            yield from _of_single(experts["layer"], loose.rpartition(".")[2])
         return
     numbered = _NUMBERED.match(loose) if layer.kind == "experts" else None
     if numbered is not None:
@@ -137,6 +142,15 @@ def _places(module: str, layer: Layer) -> Iterator[tuple[str, str]]:
         yield f"{parent} {fused}", "apart"
     if leaf in _TOGETHER:
         yield f"{parent} {leaf}", "together"
+
+
+def _of_single(layer: str, leaf: str) -> Iterator[tuple[str, str]]:
+    """Yield how a single expert's projection is called, and whether gate and up are one."""
+    yield f"{layer} projections", "by number" if leaf in _BY_NUMBER else "by name"
+    if leaf in _GATE_AND_UP:
+        yield f"{layer} gate and up", "apart"
+    if leaf == "gate_up_proj":
+        yield f"{layer} gate and up", "together"
 
 
 def _parameters(module: str, layer: Layer) -> Iterator[tuple[str, str]]:

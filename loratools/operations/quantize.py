@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +34,7 @@ from loratools.work.declared import option
 from loratools.work.parallel import in_order, usable_cores
 from loratools.work.provenance import operation_record
 from loratools.work.regexes import check_regex
-from loratools.work.requests import Sharding
+from loratools.work.requests import Progress, Sharding
 from loratools_formats.checkpoints.bitsandbytes import (
     is_four_bit_config,
     quantization_config,
@@ -134,7 +134,7 @@ def quantize(
     *,
     overwrite: bool = False,
     workers: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> QuantizeResult:
     """Quantise a checkpoint's linear layers.
 

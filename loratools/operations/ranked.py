@@ -7,7 +7,6 @@ record of how the result was made and the size of its file are decided here.
 
 from __future__ import annotations
 
-import math
 import re
 import shlex
 from abc import ABC, abstractmethod
@@ -22,10 +21,11 @@ from loratools.algebra.budget import Limit, RankChoice, choose_ranks, rank_table
 from loratools.algebra.ranks import RankRule, Spectrum
 from loratools.lowrank.planned import PlannedFactors, for_size
 from loratools.lowrank.resize import Resizer
+from loratools.operations.reported import ratio, written_nbytes
 from loratools.work.call import kept
 from loratools.work.parallel import in_order
 from loratools.work.provenance import record_metadata
-from loratools_formats.contract.registry import get_format
+from loratools.work.requests import Progress
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.disk.errors import LoratoolsError, OptionError, UnsupportedError
@@ -130,7 +130,7 @@ class Ranked(ABC, Generic[AnyOutcome, AnyMeasured]):
         self._source = source
         self.chosen = names if chosen is None else chosen
         self._groups = groups
-        self._nbytes_of = nbytes_of or planned_nbytes
+        self._nbytes_of = nbytes_of or written_nbytes
 
     @abstractmethod
     def measured(self, name: str) -> AnyMeasured:
@@ -154,9 +154,7 @@ class Ranked(ABC, Generic[AnyOutcome, AnyMeasured]):
         del name, ranks
         return True
 
-    def run(
-        self, record: Callable[[], Record], progress: Callable[[int, int], None] | None
-    ) -> Finished[AnyOutcome]:
+    def run(self, record: Callable[[], Record], progress: Progress | None) -> Finished[AnyOutcome]:
         """Give every module its rank.
 
         Args:
@@ -225,7 +223,7 @@ class Ranked(ABC, Generic[AnyOutcome, AnyMeasured]):
 
         def size(ranks: Mapping[str, int]) -> int:
             def of(ranks: Mapping[str, int]) -> int:
-                return planned_nbytes(self.adapter(self._planned(measured, ranks)))
+                return written_nbytes(self.adapter(self._planned(measured, ranks)))
 
             try:
                 return of(ranks)
@@ -291,16 +289,6 @@ class Ranked(ABC, Generic[AnyOutcome, AnyMeasured]):
 
 
 NOT_FINITE = "factor holds NaN or infinite values"
-
-
-def planned_nbytes(adapter: Adapter) -> int:
-    """Return the exact size of the weight file that writing an adapter in its format would make."""
-    return get_format(adapter.format).weights_nbytes(adapter)
-
-
-def ratio(squared: float, squared_whole: float) -> float:
-    """Return the square root of a quotient of squared norms, 0 of nothing."""
-    return math.sqrt(squared / squared_whole) if squared_whole else 0.0
 
 
 def share(part: float, whole: float) -> float:

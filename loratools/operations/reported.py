@@ -5,6 +5,7 @@ They are for whoever reads the statement, or a card made of it; `replay` does no
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from loratools_formats.contract.registry import get_format
@@ -50,5 +51,14 @@ def adapter_report(
 
 
 def written_nbytes(adapter: Adapter) -> int:
-    """Return the size of the weights in the adapter's format."""
+    """Return the exact size of the weight file that writing an adapter in its format would make."""
     return get_format(adapter.format).weights_nbytes(adapter)
+
+
+def ratio(squared: float, squared_whole: float) -> float:
+    """Return ‖error‖/‖whole‖ from the squared norms; of nothing the norm of the error itself.
+
+    >>> ratio(4.0, 16.0), ratio(0.0, 0.0), ratio(4.0, 0.0)
+    (0.5, 0.0, 2.0)
+    """
+    return math.sqrt(squared / squared_whole if squared_whole else squared)

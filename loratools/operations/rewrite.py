@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from loratools.operations.reported import report
 from loratools.work.parallel import one_blas_thread
 from loratools.work.provenance import record_metadata
+from loratools.work.requests import Progress
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.checkpoint_write import (
     NewCheckpoint,
@@ -40,7 +41,7 @@ def write_rewritten(
     *,
     overwrite: bool,
     workers: int,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
 ) -> list[Finding]:
     """Write a checkpoint, whole or not at all, and return what a user should know of it.
 

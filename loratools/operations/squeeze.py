@@ -30,9 +30,12 @@ from loratools.lowrank.matrices import calibrated, loaded, matrices
 from loratools.lowrank.moments import Moments
 from loratools.lowrank.planned import PlannedFactors
 from loratools.lowrank.resize import ComputeOptions, Resizer, Scaling, spectrum_of
+from loratools.operations.common_alpha import common_alpha
 from loratools.operations.one_rank import groups_of_one_rank
-from loratools.operations.ranked import Measured, Outcome, Ranked, ratio, share
+from loratools.operations.ranked import Measured, Outcome, Ranked, share
+from loratools.operations.reported import ratio
 from loratools.work.provenance import InputFile, operation_record
+from loratools.work.requests import Progress
 from loratools.work.scratch import Scratch
 from loratools.work.selection import Selection
 from loratools_formats.contract.registry import get_format
@@ -96,7 +99,7 @@ def squeeze(
     scaling: Scaling | None = None,
     nbytes_of: Callable[[Adapter], int] | None = None,
     scratch_folder: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> SqueezeResult:
     """Compress an adapter's ranks.
 
@@ -287,13 +290,16 @@ class _Squeeze(Ranked[_Squeezed, Measured]):
         groups = groups_of_one_rank(layers, self.source.format)
         self._group = {name: group for group in groups for name in group}
         self._device = Device(options.device)
+        chosen = _selected(self.source, self.whole, selection)
+        kept = len(chosen) < len(self.whole)
+        alike = common_alpha(self.source.format, self._like, rule, options, kept=kept)
         super().__init__(
             list(self.whole),
             rule,
-            Resizer(options, Scratch(scratch_folder), rule.uniform, scaling),
+            Resizer(options, Scratch(scratch_folder), rule.uniform, scaling or alike),
             input_nbytes=self.source.weights_nbytes,
             source=self.source.source,
-            chosen=_selected(self.source, self.whole, selection),
+            chosen=chosen,
             groups=groups,
             nbytes_of=nbytes_of,
         )

@@ -8,7 +8,6 @@ error is ‖m − n‖₂. The factors keep every bit. The base weight is read a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +26,7 @@ from loratools.lowrank.matrices import loaded, matrices
 from loratools.operations.in_class_names import renamed_to_class
 from loratools.work.parallel import check_workers, in_order, usable_cores
 from loratools.work.provenance import operation_record, record_metadata
+from loratools.work.requests import Progress
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import ModuleChange
@@ -93,7 +93,7 @@ def to_dora(
     *,
     workers: int | None = None,
     scratch_folder: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> ToDoraResult:
     """Turn a LoRA into a DoRA that makes the same change.
 

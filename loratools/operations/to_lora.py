@@ -32,17 +32,21 @@ from loratools.kinds import get_kind
 from loratools.kinds.declaration import Product
 from loratools.lowrank.matrices import loaded
 from loratools.lowrank.resize import ComputeOptions, Resizer
+from loratools.operations.common_alpha import common_alpha
 from loratools.operations.in_class_names import renamed_to_class
 from loratools.operations.one_rank import groups_of_one_rank
-from loratools.operations.ranked import Measured, Outcome, Ranked, ratio, share
+from loratools.operations.ranked import Measured, Outcome, Ranked, share
+from loratools.operations.reported import ratio
 from loratools.work.declared import option
 from loratools.work.provenance import operation_record
+from loratools.work.requests import Progress
 from loratools.work.scratch import Scratch
 from loratools.work.spellings import key_value
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import KindDelta, LowRank, ModuleChange
 from loratools_formats.core.dtypes import DTYPES
+from loratools_formats.core.peft_facts import refused_modules
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 
 
@@ -130,7 +134,7 @@ def to_lora(
     whole: bool = False,
     record: Callable[[], Mapping[str, Any]] | None = None,
     scratch_folder: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> ToLoraResult:
     """Turn an adapter of any kind into plain low-rank factors.
 
@@ -170,9 +174,25 @@ def to_lora(
         (
             *((complete.caution,) if complete.caution else ()),
             *_cautions(adapter),
+            *(told.message for told in adapter.findings if told.code == "not-in-base"),
             *_of_fused(work.opener.fused),
+            *_of_refused(adapter, base),
         ),
     )
+
+
+def _of_refused(adapter: Adapter, base: Checkpoint | None) -> Iterator[str]:
+    if base is None or adapter.format != "peft":
+        return
+    kind = base.config.get("model_type")
+    layers = [name for name, each in adapter.modules.items() if not each.layer.parameters]
+    refused = refused_modules(kind, layers)
+    if refused:
+        more = f" and {len(refused) - 1} more" if len(refused) > 1 else ""
+        yield (
+            f"PEFT refuses a LoRA of {refused[0]}{more} in a model of type {kind}; fusing puts it "
+            "there"
+        )
 
 
 def _of_fused(modules: Sequence[str]) -> Iterator[str]:
@@ -255,10 +275,12 @@ class _ToLora(Ranked[_Converted, _Measured]):
             self.opener.refuse_tied(base)
         self._plain = plain_adapter(adapter, {})
         layers = {name: change.layer for name, change in adapter.modules.items()}
+        parts = {name: change.factors for name, change in adapter.modules.items()}
+        alike = common_alpha(self._plain.format, parts, rule, options)
         super().__init__(
             list(adapter.modules),
             rule,
-            Resizer(options, Scratch(scratch_folder), rule.uniform),
+            Resizer(options, Scratch(scratch_folder), rule.uniform, alike),
             input_nbytes=adapter.weights_nbytes,
             source=adapter.source,
             groups=groups_of_one_rank(layers, self._plain.format),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -22,13 +22,14 @@ from loratools.base.dequantised import DequantisedCheckpoint, dequantised
 from loratools.operations.fuse.blocks import fused_blocks, single_precision
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.pipeline import by_folder
-from loratools.operations.fuse.plan import ADDABLE, FLOATING, TensorPlan, plan_fuse
+from loratools.operations.fuse.plan import ADDABLE, TensorPlan, plan_fuse
 from loratools.operations.fuse.terms import View, load_terms, stacked
 from loratools.work.declared import option
 from loratools.work.parallel import in_order, usable_cores
+from loratools.work.requests import Progress
 from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from loratools_formats.checkpoints.pipelines import weighted_folders
-from loratools_formats.core.dtypes import SPACINGS, Array, DType, round_into
+from loratools_formats.core.dtypes import FLOATING, SPACINGS, Array, DType, round_into
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
 
@@ -118,7 +119,7 @@ def verify(
     inputs: Sequence[FuseInput],
     *,
     workers: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> VerifyResult:
     """Return, for each tensor, whether a checkpoint is the base with the adapters fused in.
 
@@ -164,7 +165,7 @@ def verify_pipeline(
     inputs: Sequence[FuseInput],
     *,
     workers: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> VerifyResult:
     """Return, for each tensor of a diffusion pipeline, whether adapters are fused in.
 

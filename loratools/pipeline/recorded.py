@@ -10,6 +10,7 @@ from typing import Any
 from loratools.face.declare import Declaration
 from loratools.hub.references import is_explicit
 from loratools.work.digests_of import shown
+from loratools.work.requests import PLACES
 from loratools_formats.checkpoints.pipelines import ADAPTED
 from loratools_formats.disk.errors import AdapterError, UncheckedError
 
@@ -149,11 +150,8 @@ class RecordedCall:
                 raise AdapterError(f"{declaration.name} takes no such option", got=name)
         for name in sorted(declaration.required - set(self.arguments)):
             raise AdapterError(f"the record does not say what {name} was", got="nothing")
-        for name in _NEVER.intersection(self.options):
+        for name in PLACES.intersection(self.options):
             raise AdapterError("a record does not say where to write", got=name)
-
-
-_NEVER = frozenset({"output", "overwrite", "in_place", "dry_run"})
 
 
 def _file_name(text: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from loratools import __version__
-from loratools.face.declare import Progress, public
+from loratools.face.declare import public
 from loratools.face.result import Result
 from loratools.operations.provenance import changed, output_of, statement_of
 from loratools.operations.replayed import ReplayedFile, compared
@@ -19,6 +19,7 @@ from loratools.pipeline.recorded import RecordedCall, RecordedInput
 from loratools.work.declared import option
 from loratools.work.environment import differences, environment
 from loratools.work.history import about, tells_how, unfolded
+from loratools.work.requests import Progress
 from loratools_formats.contract.files import check_target
 from loratools_formats.disk.errors import AdapterError, UncheckedError
 from loratools_formats.disk.temporaries import temporary_folder
@@ -88,9 +89,9 @@ def replay(
 
     Raises:
         MissingFileError: there is no statement.
-        UncheckedError: an input is nowhere, or was in memory only.
+        UncheckedError: an input is nowhere or was in memory only, or the statement does not tell
+            enough to do it again.
         AdapterError: the statement is not sound.
-        UncheckedError: the statement does not tell enough to do it again.
         OutputExistsError: the output exists.
     """
     made = output_of(Path(path))

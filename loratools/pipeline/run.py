@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from loratools.face.declare import Progress, public
+from loratools.face.declare import public
 from loratools.face.ran import Asked
 from loratools.face.result import Result
 from loratools.operations.reported import written_nbytes
@@ -28,8 +28,10 @@ from loratools.pipeline.state import (
 from loratools.pipeline.steps import Step, StepInput
 from loratools.work.declared import option
 from loratools.work.parallel import Workers
+from loratools.work.requests import Progress
 from loratools.work.spellings import key_value
 from loratools_formats.contract.files import check_target
+from loratools_formats.core.file_names import WRITTEN_ENDINGS
 from loratools_formats.disk.errors import LoratoolsError, OptionError, OutputExistsError
 
 State = Literal["made", "up to date", "passed", "failed", "planned", "not chosen", "not reached"]
@@ -384,5 +386,5 @@ def _size(output: Path) -> int:
     """Return the size of a result's weight files."""
     if not output.is_dir():
         return output.stat().st_size
-    files = [path for path in output.rglob("*") if path.suffix in (".safetensors", ".gguf")]
+    files = [path for path in output.rglob("*") if path.suffix in WRITTEN_ENDINGS]
     return sum(path.stat().st_size for path in files if STATE_FOLDER not in path.parts)

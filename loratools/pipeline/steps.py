@@ -20,10 +20,10 @@ from loratools.pipeline.variables import REFERENCE
 from loratools.work.declared import build
 from loratools.work.typed import option_value
 from loratools_formats.contract.registry import get_format
+from loratools_formats.core.file_names import WRITTEN_ENDINGS
 from loratools_formats.disk.errors import LoratoolsError, OptionError
 from loratools_formats.disk.strict_yaml import Place
 
-_FILES = (".safetensors", ".gguf")
 _MAKES_FOLDERS = frozenset({"extract"})
 NEEDS_RANKS = frozenset({"extract", "squeeze"})
 """Operations that do nothing without a rule for the ranks."""
@@ -250,13 +250,12 @@ class StepReader:
         """
         to = step.options.get("to")
         if to is not None:
-            target = get_format(to)
-            return step.name if target.is_folder else f"{step.name}{target.suffixes[0]}"
+            return step.name + get_format(to).ending
         if step.operation in _MAKES_FOLDERS or not step.inputs:
             return step.name
         first = step.inputs[0]
         text = first.text if first.step is None else str(self._outputs[first.step])
-        suffix = next((s for s in _FILES if text.lower().endswith(s)), "")
+        suffix = next((s for s in WRITTEN_ENDINGS if text.lower().endswith(s)), "")
         return f"{step.name}{suffix}"
 
 

@@ -21,11 +21,11 @@ from loratools.training.layers import AlphaPolicy, LiveAdapter
 from loratools.training.live import squeeze_model
 from loratools.training.transport import trainer_of
 from loratools.work.provenance import operation_record
+from loratools_formats.core.file_names import WEIGHTS_OF_PEFT
 from loratools_formats.disk.errors import OptionError, UnsupportedError
 from loratools_formats.disk.provenance import PROVENANCE_FILE, statement
 from loratools_formats.disk.publish import publish_file
 
-_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _KEPT = ("ranks", "alphas", "relative_error", "parameters", "optimizer")
 # Where the Trainer's state keeps ours. Under the name of a class it would make another callback of
 # it, which the user does not hold.
@@ -162,7 +162,7 @@ class SqueezeCallback(TrainerCallback):
             OptionError: an adapter is there, and no Trainer has trained with this callback.
         """
         place = Path((self._output or ".") if folder is None else folder)
-        files = [place / name for name in _WEIGHTS if (place / name).is_file()]
+        files = [place / name for name in WEIGHTS_OF_PEFT if (place / name).is_file()]
         if files and self._output is None:
             raise OptionError(
                 "no Trainer has trained with this callback, so that it cannot tell of an adapter",

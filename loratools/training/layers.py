@@ -20,6 +20,7 @@ from peft.tuners.lora.layer import Embedding, ParamWrapper, _ConvNd
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from loratools_formats.core.change import LowRank, ModuleChange
+from loratools_formats.core.factors import scale_of
 from loratools_formats.core.peft_patterns import settings_of
 from loratools_formats.core.tensors import of_torch
 from loratools_formats.disk.errors import OptionError, UnsupportedError
@@ -66,7 +67,7 @@ class LiveLayer:
 
     def scale(self, rank: int, alpha: float) -> float:
         """Return the scale that PEFT makes of a rank and an alpha."""
-        return alpha / (math.sqrt(rank) if self.module.use_rslora.get(self.adapter) else rank)
+        return scale_of(alpha, rank, is_rooted=bool(self.module.use_rslora.get(self.adapter)))
 
     def alpha_at(self, rank: int, policy: AlphaPolicy) -> float:
         """Return the alpha for another rank, a whole number if it is one.

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import filterfalse
-from pathlib import Path
+from pathlib import Path, PurePath
 
+from loratools_formats.contract.file_kinds import not_weights
 from loratools_formats.contract.registry import find_format, get_format
-from loratools_formats.disk.errors import AdapterError, LoratoolsError
+from loratools_formats.core.file_names import (
+    ADAPTER_CONFIG,
+    TRAINING_STATE,
+    WEIGHT_ENDINGS,
+    WEIGHTS_OF_ADAPTERS,
+    WRITTEN_ENDINGS,
+    may_be_adapter,
+    without_ending,
+)
+from loratools_formats.disk.errors import AdapterError, LoratoolsError, OptionError
 from loratools_formats.disk.provenance import PROVENANCE_FILE, RECIPE_FILE
 
 _MOST_FOLDERS = 100_000
-_HALVES = ("adapter_config.json", "adapter_model.safetensors")
-WEIGHTS = (".safetensors", ".gguf")
-"""Endings of weight files, which an output in another format loses."""
+_HALVES = (ADAPTER_CONFIG, *WEIGHTS_OF_ADAPTERS)
 
 
 def outputs_below(folder: Path, adapters: Sequence[Path], target: str | None) -> dict[Path, Path]:
@@ -32,22 +40,50 @@ def outputs_below(folder: Path, adapters: Sequence[Path], target: str | None) ->
         common = os.path.commonpath([path.parent for path in names])
         leaves = [path.relative_to(common) for path in names]
     if target is not None:
-        to = get_format(target)
-        suffix = "" if to.is_folder else (*to.suffixes, WEIGHTS[0])[0]
-        leaves = [leaf.with_name(_stem(leaf) + suffix) for leaf in leaves]
+        ending = get_format(target).ending
+        leaves = [leaf.with_name(without_ending(leaf.name) + ending) for leaf in leaves]
     return {path: folder / leaf for path, leaf in zip(adapters, leaves, strict=True)}
 
 
-def _stem(leaf: Path) -> str:
-    return leaf.stem if leaf.suffix in WEIGHTS else leaf.name
+def check_apart(outputs: Iterable[tuple[PurePath, object]]) -> None:
+    """Raise `OptionError` if two outputs have one place, or one lies in another.
+
+    Args:
+        outputs: where each goes, and what it is made from.
+    """
+    taken: dict[PurePath, object] = {}
+    for place, source in outputs:
+        if place in taken:
+            raise _clash("two would have the same output", taken[place], source)
+        taken[place] = source
+    for place, source in taken.items():
+        for outer in place.parents:
+            if outer in taken:
+                raise _clash("the output of one would lie in that of another", taken[outer], source)
+
+
+def _clash(problem: str, first: object, second: object) -> OptionError:
+    return OptionError(
+        problem,
+        got=f"{first}, {second}",
+        expected="an output for each",
+        hint="Run it on each with another folder of outputs",
+    )
+
+
+def is_named_as_adapter(name: str) -> bool:
+    """Return whether a file elsewhere is taken for an adapter that needs no folder, by its name."""
+    return name.endswith(WRITTEN_ENDINGS) or may_be_adapter(name.rpartition("/")[2])
 
 
 def adapters_in(paths: Sequence[Path]) -> list[Path]:
     """Return the adapters that paths mean, in order and each once.
 
     A path with wildcards stands for what it matches, and a folder that is no adapter for all
-    adapters below it. Hidden folders and links to folders are not entered. What lies beside an
-    adapter's file and says how it was made is left out, since `*` in a shell names it as well.
+    adapters below it. Weight files that are broken, and links to nothing, are among these: whoever
+    reads them says what is wrong. Hidden folders and links to folders are not entered. What lies
+    beside an adapter's file and says how it was made is left out, since `*` in a shell names it as
+    well.
 
     Raises:
         AdapterError: wildcards match nothing.
@@ -81,11 +117,24 @@ def _below(folder: Path) -> list[Path]:
         for child in sorted(here.iterdir()):
             looked_at += 1
             is_folder = child.is_dir() and not child.is_symlink()
-            if (is_folder or child.suffix in WEIGHTS) and is_adapter(child):
+            is_file = child.suffix in WEIGHT_ENDINGS and not TRAINING_STATE.fullmatch(child.name)
+            if ((is_folder or is_file) and is_adapter(child)) or _is_broken(child):
                 found.append(child)
             elif is_folder and not child.name.startswith("."):
                 pending.append(child)
     return sorted(found)
+
+
+def _is_broken(path: Path) -> bool:
+    """Return whether a path would be an adapter if the file were whole, or the link led anywhere.
+
+    An empty file, a web page and what Git LFS leaves in place of a file are no weights.
+    """
+    if path.suffix not in (*WRITTEN_ENDINGS, "") or path.name.startswith("."):
+        return False
+    if not path.exists():
+        return path.is_symlink()
+    return path.suffix in WRITTEN_ENDINGS and not_weights(path) is not None
 
 
 def is_adapter(path: Path) -> bool:

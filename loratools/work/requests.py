@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from loratools.work.declared import option
 from loratools.work.spellings import nbytes, share
+
+Progress = Callable[[int, int], None]
+"""Called with (done, in all) while an operation runs."""
+PLACES = frozenset({"output", "overwrite", "in_place", "dry_run"})
+"""Options of `Writing` that say where one result goes, and that whoever runs many sets itself."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Writing:
         in_place: write the result over the input, in one step.
         overwrite: replace the output if it exists.
         dry_run: compute and report, but write nothing.
-        max_error: write nothing, and exit with 1, if the relative error is above this.
+        max_error: write nothing, and fail (exit code 1), if the relative error is above this.
     """
 
     output: Path | None = option(None, heading="Output", short="-o")

@@ -186,6 +186,7 @@ def test_workflows_that_use_the_action_pass_actionlint(tmp_path):
     assert "tarjet" in subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
 
 
+@pytest.mark.slow
 def test_the_actions_script_runs(tmp_path):
     """The second step, with the tool where the first one installs it."""
     action = yaml.safe_load((ROOT / "action.yml").read_text())

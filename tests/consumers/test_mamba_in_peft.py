@@ -101,3 +101,18 @@ def test_convert_from_mlx_refuses_them_and_drop_gives_what_peft_loads(models, tm
         if not np.array_equal(weight.detach(), old[key].detach())
     }
     assert moved == {key for key in old if key.endswith("in_proj.weight")}
+
+
+def test_to_lora_tells_of_layers_that_peft_refuses_as_a_lora_alone(models, tmp_path):
+    import peft
+
+    root, cls = models
+    config = peft.LoHaConfig(r=2, target_modules=["in_proj", "out_proj"], init_weights=False)
+    adapted = peft.get_peft_model(cls.from_pretrained(root / "base"), config)
+    adapted.save_pretrained(tmp_path / "loha")
+    result = lt.to_lora(tmp_path / "loha", base=root / "base", output=tmp_path / "lora")
+    (told,) = [each for each in result.cautions if "refuses" in each]
+    assert re.search(r"mixer\.out_proj and 1 more in a model of type mamba", told)
+    with pytest.raises(ValueError, match="out_proj"):
+        tiny_models.merged(root / "base", tmp_path / "lora", cls)
+    assert "LT413" in {f.code for f in lt.check(tmp_path / "lora", base=root / "base").findings}

@@ -234,3 +234,29 @@ def test_layers_that_mlx_divides_otherwise_are_refused(tmp_path):
     words = [tmp_path / "lora", tmp_path / "x", "--to", "mlx", "--base", tmp_path / "base"]
     done = CliRunner().invoke(cli, ["convert", *map(str, words)])
     assert "mlx-lm has no such layer" in str(done.exception)
+
+
+def test_embeddings_of_gpt_neox_come_to_peft_as_embeddings(tmp_path):
+    """Its embedding is called `embed_in`, as no other's, and its output layer `embed_out`."""
+    from mlx_lm.models import gpt_neox
+    from peft import PeftModel
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 40}
+    GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, intermediate_size=64)).save_pretrained(tmp_path / "m")
+    model = gpt_neox.Model(gpt_neox.ModelArgs("gpt_neox", 32, 16, 2, 1, 1e-5, 40, 10000, 0.25))
+    before, keys = weights(model), ["model.embed_in", "model.embed_out"]
+    after = saved(model, tmp_path / "mlx", use_dora=False, keys=keys)
+    run("convert", tmp_path / "mlx", tmp_path / "peft", "--to", "peft", "--base", tmp_path / "m")
+
+    def both(model):
+        layers = (model.get_input_embeddings(), model.get_output_embeddings())
+        return [layer.weight.detach().double().numpy().copy() for layer in layers]
+
+    base = GPTNeoXForCausalLM.from_pretrained(tmp_path / "m")
+    old = both(base)
+    new = both(PeftModel.from_pretrained(base, tmp_path / "peft").merge_and_unload())
+    for key, was, now in zip(keys, old, new, strict=True):
+        want = after[key].astype(np.float64) - before[key]
+        assert np.abs(want).max() > 0.1
+        np.testing.assert_allclose(now - was, want, atol=1e-5)

@@ -6,11 +6,13 @@ import json
 import runpy
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import loratools as lt
 from loratools.base.placement.names import Names
 from loratools.base.tied import find_tie, shared_embeddings
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
@@ -139,3 +141,39 @@ def test_the_table_of_defaults_is_that_of_transformers():
     script = runpy.run_path(str(Path(__file__).parents[1] / "golden/make_tie_defaults.py"))
     assert set(script["tied"]()) == TIED
     assert set(script["by_top"]()) == BY_TOP
+
+
+SMALL = {"num_hidden_layers": 1, "vocab_size": 40}
+OF_OPENAI = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 40, "n_positions": 16}
+BY_OTHER_NAMES = {
+    "embeddings": (T.MambaForCausalLM, {**SMALL, "hidden_size": 16, "state_size": 4}),
+    "word_embedding": (
+        T.XLNetLMHeadModel,
+        {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 32, "vocab_size": 40},
+    ),
+    "tokens_embed": (T.OpenAIGPTLMHeadModel, OF_OPENAI),
+    "w": (T.CTRLLMHeadModel, {**OF_OPENAI, "dff": 32}),
+    "word_embeddings": (
+        T.MegatronBertForMaskedLM,
+        {**SMALL, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32},
+    ),
+}  # fmt: skip
+"""By the name of the embedding: a class that ties it, and a small configuration."""
+
+
+@pytest.mark.parametrize("name", BY_OTHER_NAMES)
+def test_an_embedding_changes_alone_whatever_it_is_called(name, tmp_path):
+    kind, sizes = BY_OTHER_NAMES[name]
+    torch.manual_seed(0)
+    kind(kind.config_class(**sizes)).save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=[name], init_lora_weights=False)
+    model = peft.get_peft_model(kind.from_pretrained(tmp_path / "base"), config).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    lt.fuse(tmp_path / "base", tmp_path / "adapter", output=tmp_path / "fused")
+    tokens = torch.arange(8)[None]
+    with torch.no_grad():
+        want = model(tokens)[0]
+        got = kind.from_pretrained(tmp_path / "fused").eval()(tokens)[0]
+        before = kind.from_pretrained(tmp_path / "base").eval()(tokens)[0]
+    assert torch.linalg.norm(got - want) <= 1e-5 * torch.linalg.norm(want)
+    assert torch.linalg.norm(before - want) >= 0.1 * torch.linalg.norm(want)

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 import loratools as lt
 from loratools_formats import read_adapter
-from loratools_formats.disk.errors import UnsupportedError
+from loratools_formats.disk.errors import LoratoolsError, UnsupportedError
 
 ROUNDING = 2.0**-21
 """Of a float32 base, values and changes of size 1."""
@@ -245,3 +245,29 @@ def test_experts_without_a_gate_are_extracted(inner, tmp_path):
     found = read_deltas(lt.read(tmp_path / "b"))
     wanted = {key: delta for key, delta in change.deltas().items() if key[0] != "gate"}
     assert largest_error(found, wanted) <= 8 * ROUNDING
+
+
+TWO_NAMES = [
+    ("one by one", "one by one, gate_up"), ("one by one, gate_up", "Tinker"),
+    ("one by one", "one by one, w1 w3 w2"), ("3-D, apart", "one by one, w1 w3 w2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("allow_missing", [False, True])
+@pytest.mark.parametrize("pair", TWO_NAMES, ids=" + ".join)
+def test_single_experts_of_other_names_are_merged_beside_the_base_alone(
+    pair, allow_missing, tmp_path
+):
+    """The output had both, and no loader applies both."""
+    changes = Change(seed=1), Change(seed=2)
+    folders = [save(tmp_path / str(i), LAYOUTS[x](changes[i])) for i, x in enumerate(pair)]
+    weighted = [(folders[0], 0.75), (folders[1], -0.5)]
+    with pytest.raises(LoratoolsError, match="name one module differently") as told:
+        lt.merge(weighted, output=tmp_path / "no", allow_missing=allow_missing)
+    assert "`base`" in told.value.hint
+    model = base(tmp_path / "base", changes[0], stacks=False)
+    lt.merge(weighted, base=model, output=tmp_path / "both", allow_missing=allow_missing)
+    other = changes[1].deltas()
+    wanted = {k: 0.75 * delta - 0.5 * other[k] for k, delta in changes[0].deltas().items()}
+    found = read_deltas(read_adapter(tmp_path / "both"))
+    assert largest_error(found, wanted) <= 2.0**-21

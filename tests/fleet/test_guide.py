@@ -68,6 +68,7 @@ def test_the_manifest_is_an_indexed_job_whose_parts_are_all():
     assert {one["name"] for one in container["volumeMounts"]} == volumes
 
 
+@pytest.mark.slow
 def test_hf_jobs_has_the_flags_of_the_script():
     pytest.importorskip("huggingface_hub")
     shown = subprocess.run(

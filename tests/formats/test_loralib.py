@@ -62,6 +62,15 @@ def test_factors_of_a_linear_layer(tmp_path, wrapped):
     np.testing.assert_array_equal(replacement.tensor.load(), tensors["layers.0.q.bias"])
 
 
+def test_factors_of_an_embedding_go_to_peft_as_such(tmp_path):
+    """loralib adds (lora_B @ lora_A)ᵀ to an embedding, whatever its model calls it."""
+    for name in ("gpt_neox.embed_in", "decoder.embed_positions", "transformer.wte"):
+        tensors = {f"{name}.lora_A": A, f"{name}.lora_B": B}
+        got, result = folded(pickled(tmp_path / "lora.pt", tensors), (24, 36), name, alpha=8)
+        close(got, 2.0 * (B @ A).T)
+        assert result.adapter.modules[name].layer.kind == "embedding"
+
+
 def merged_linear(a, b, enabled, alpha):
     """Return ΔW of MergedLinear, group by group, from its definition."""
     rank, count = b.shape[1], sum(enabled)

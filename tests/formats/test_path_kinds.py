@@ -151,7 +151,8 @@ def pasted(text):
         shlex.split(found) for found in re.findall(r"loratools ((?:fuse|to-lora|info) .*)", text)
     ]
     commands += [
-        ["info", *shlex.split(found)] for found in re.findall(r"Name .*?(?:: |as )(.*)", text)
+        ["info", *shlex.split(found)]
+        for found in re.findall(r"(?:Name|or name one,) .*?(?:: |as )(.*)", text)
     ]
     for command in commands:
         code, output = loratools(*(values.get(word, word) for word in command))
@@ -184,8 +185,8 @@ def pasted(text):
         ("nest", "holds no adapter, and its sub-folders hold none", 0),
         ("./no/such", r"error: \./no/such: no such file or folder\n$", 0),
         ("dangling", "is a link to nowhere, which does not exist", 0),
-        ("one", r"is a folder that holds style\.safetensors", 1),
-        ("several", "is a folder that holds 2 weight files", 1),
+        ("one", r"is a folder that holds 1 adapter\. Name it: one/style\.safetensors", 1),
+        ("several", r"is a folder that holds 2 adapters\. Add --out-dir DIR to take all", 1),
         ("inversion.safetensors", r"error: inversion\.safetensors: is a textual inversion", 0),
         ("pointer.safetensors", "is a Git LFS pointer.*git lfs pull", 0),
         ("models--acme--lora", "is a folder of the Hugging Face cache", 1),

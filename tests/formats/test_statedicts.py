@@ -18,6 +18,7 @@ from loratools.cli import cli
 from loratools.kinds import get_kind
 from loratools.lowrank.dense import effective_delta
 from loratools.operations.to_lora import to_lora
+from loratools.work.collection import adapters_in
 from loratools_formats import find_format, get_format, read_adapter, registered_formats
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
 from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError
@@ -197,3 +198,13 @@ def test_golden_fixtures_are_read_as_their_definitions_say(name):
     for module, want in golden.deltas.items():
         close(expected[f"{module}.weight"], want)
         close(effective_delta(module, result.adapter.modules[module], want.shape), want, 1e-5)
+
+
+def test_a_folder_means_pickled_adapters_below_it_too(tmp_path):
+    place = tmp_path / "below" / "lora.ckpt"
+    place.parent.mkdir()
+    tensors = {"layers.0.q.lora_A": np.ones((2, 8)), "layers.0.q.lora_B": np.ones((8, 2))}
+    saved(place, tensors)
+    (place.parent / "optimizer.pt").write_bytes(place.read_bytes())
+    (place.parent / "pytorch_model.bin").write_bytes(b"PK\3\4 a model")
+    assert adapters_in([tmp_path]) == [place]

@@ -434,6 +434,7 @@ def test_the_schema_has_every_option_that_is_declared_and_no_other():
         }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_schema_takes_the_recipe(place):
     jsonschema = pytest.importorskip("jsonschema")
     validator = jsonschema.Draft202012Validator(json_schema())

@@ -1,9 +1,10 @@
 """Writes the table of names that transformers' classes give to what checkpoints store.
 
-    python tests/placement/make_class_names.py
+    python tests/placement/make_class_names.py [CLASS ...]
 
-It builds every class of the automatic mappings that its default configuration builds, on the meta
-device, and records what `core_model_loading` does with names: rules by class or model type, the
+It makes the whole table, or replaces the classes that are named. It builds every class of the
+automatic mappings that its default configuration builds, on the meta device, or with the values
+below, and records what `core_model_loading` does with names: rules by class or model type, the
 parts that are models of their own, and the prefix that bodies and heads differ by. Run it again
 with a new release; `test_class_names.py` compares the table with the one that is installed.
 """
@@ -27,6 +28,18 @@ from loratools_formats.core.orientation import named_conv1d  # noqa: E402
 
 TABLE = Path(__file__).parents[2] / "loratools/base/placement/data/class_names.json"
 _SECONDS = 20
+_GIVEN = {
+    "Dbrx": {"n_layers": 2, "attn_config": {"kv_n_heads": 8, "rope_theta": 1e4}},
+    "Dots1": {
+        "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+    "HunYuan": {"head_dim": 64},
+    "Lfm2Moe": {
+        "layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "num_dense_layers": 1},
+    "Ministral": {"head_dim": 64},
+    "Nemotron": {"num_key_value_heads": 8, "head_dim": 64},
+}  # fmt: skip
+"""What configurations lack that do not build a model by default, by how classes' names begin."""
 
 
 def class_names():
@@ -63,13 +76,17 @@ def model_of(class_name):
     import transformers
 
     cls = getattr(transformers, class_name)
-    with torch.device("meta"):
-        try:
-            return cls(shortened(cls.config_class()))
-        except TimeoutError:
-            raise
-        except Exception:  # noqa: BLE001 - two layers may be too few
-            return cls(cls.config_class())
+    given = next((values for name, values in _GIVEN.items() if class_name.startswith(name)), {})
+    for values in ({}, given):
+        for change in (shortened, lambda config: config):  # two layers may be too few
+            try:
+                with torch.device("meta"):
+                    return cls(change(cls.config_class(**values)))
+            except TimeoutError:
+                raise
+            except Exception as error:  # noqa: BLE001 - any class may refuse its own defaults
+                failed = error
+    raise failed
 
 
 def described(model, classes):
@@ -132,8 +149,9 @@ def odd_layers(model, inner):
 def bare_weights(model, inner):
     """Return the weights that are parameters of modules which PEFT has no layer for.
 
-    PEFT adapts them as `target_parameters`. Numbers of layers are left out, and parts of the model
-    that have entries of their own.
+    PEFT adapts them as `target_parameters`. Routers that are linear layers, but return more than
+    one tensor, are among them: PEFT makes a layer that fails when it is called. Numbers of layers
+    are left out, and parts of the model that have entries of their own.
     """
     import torch
     from transformers.pytorch_utils import Conv1D
@@ -143,11 +161,25 @@ def bare_weights(model, inner):
         {
             numbered(f"{path}.weight")[0]
             for path, module in model.named_modules()
-            if not path.startswith(inner) and not isinstance(module, layers)
+            if not path.startswith(inner)
+            and (not isinstance(module, layers) or returns_several(module))
             for name, weight in module.named_parameters(recurse=False)
             if name == "weight" and weight.ndim == 2
         }
     )
+
+
+def returns_several(module):
+    """Return whether a subclass of linear layers returns several tensors."""
+    import torch
+
+    if not isinstance(module, torch.nn.Linear) or type(module) is torch.nn.Linear:
+        return False
+    inputs = torch.zeros(2, module.in_features, device="meta")
+    try:
+        return isinstance(module.eval()(inputs), tuple)
+    except RuntimeError:  # it takes inputs of another shape, as no router does
+        return False
 
 
 def expected(model):
@@ -212,8 +244,12 @@ def operation(op):
     return [type(op).__name__, arguments]
 
 
-def make():
-    """Return the table, and what could not be built with its reason."""
+def make(names):
+    """Return the table, and what could not be built with its reason.
+
+    Args:
+        names: of classes; if there are some, the others stay as the table has them.
+    """
     import transformers
     from transformers.conversion_mapping import _build_checkpoint_conversion_mapping
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
@@ -221,7 +257,7 @@ def make():
     mapping = _build_checkpoint_conversion_mapping()
     rules = {name: [rule(t) for t in transforms] for name, transforms in sorted(mapping.items())}
     classes, failed = {}, {}
-    for name in class_names():
+    for name in names or class_names():
         signal.alarm(_SECONDS)
         try:
             described(model_of(name), classes)
@@ -237,8 +273,12 @@ def make():
         "transformers": transformers.__version__,
         "rules": rules,
         "bodies": dict(sorted(bodies.items())),
-        "classes": dict(sorted(classes.items())),
+        "classes": classes,
     }
+    if names:
+        known = json.loads(TABLE.read_text(encoding="utf-8"))["classes"]
+        table["classes"] = known | classes
+    table["classes"] = dict(sorted(table["classes"].items()))
     for name in sorted(classes):
         _check(name, table, failed)
     return table, failed
@@ -270,7 +310,7 @@ def _timeout(*_):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGALRM, _timeout)
-    made, refused = make()
+    made, refused = make(sys.argv[1:])
     lines = []
     for key, value in made.items():
         if isinstance(value, dict):

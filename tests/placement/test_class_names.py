@@ -6,16 +6,20 @@ import json
 from pathlib import Path
 
 import pytest
+from placed_headers import header
 
 from loratools.base.placement import model_class
 from loratools.base.placement.class_view import class_view
-from loratools_formats.checkpoints.checkpoint import read_checkpoint
+from loratools.base.placement.names import Names
+from loratools.base.tied import find_tie, shared_embeddings
+from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
 
 TABLE = Path(model_class.__file__).parent / "data" / "class_names.json"
 SAMPLE = (
     "Gemma3ForConditionalGeneration", "LlavaForConditionalGeneration", "MixtralForCausalLM",
     "ViTForImageClassification", "Qwen2_5_VLForConditionalGeneration", "GPT2LMHeadModel",
-    "BertForMaskedLM", "Ernie4_5_VLMoeModel",
+    "BertForMaskedLM", "Ernie4_5_VLMoeModel", "Lfm2MoeForCausalLM", "HunYuanMoEV1ForCausalLM",
+    "Dots1ForCausalLM", "DbrxForCausalLM",
 )  # fmt: skip
 
 
@@ -60,3 +64,48 @@ def test_experts_are_one_parameter_in_the_class(tmp_path):
         start, stop = tensor.numel // 3, tensor.numel // 3 + 7
         part = torch.from_numpy(tensor.elements(start, stop).copy())
         assert torch.equal(part, own[key].reshape(-1)[start:stop])
+
+
+TIES = (
+    "MambaForCausalLM", "FalconMambaForCausalLM", "Mamba2ForCausalLM", "XLNetLMHeadModel",
+    "XLMWithLMHeadModel", "CTRLLMHeadModel", "OpenAIGPTLMHeadModel", "BigBirdForMaskedLM",
+    "MegatronBertForMaskedLM", "XmodForMaskedLM", "RobertaPreLayerNormForMaskedLM",
+    "Kosmos2ForConditionalGeneration", "CamembertForMaskedLM", "ElectraForMaskedLM",
+)  # fmt: skip
+"""Classes whose embedding, output layer or body has a name that others have not."""
+
+
+def pytest_generate_tests(metafunc):
+    if "tied" in metafunc.fixturenames:
+        every = json.loads(TABLE.read_text(encoding="utf-8"))["classes"]
+        metafunc.parametrize("tied", every if metafunc.config.getoption("models") else TIES)
+
+
+@pytest.mark.slow
+def test_the_tie_of_a_class_is_found(tied, request):
+    import make_class_names
+
+    try:
+        model = make_class_names.model_of(tied)
+        model.tie_weights()
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        is_tied = embedding.weight is head.weight
+    except Exception as error:
+        if not request.config.getoption("models"):
+            raise
+        pytest.skip(f"{type(error).__name__}: {error}"[:100])
+    if not is_tied:
+        pytest.skip("the class ties nothing")
+    paths = {id(module): f"{name}.weight" for name, module in model.named_modules()}
+    kept = {}  # each tensor once, as it is saved: the output layer under the embedding's name
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        if key != paths[id(head)]:
+            kept.setdefault(id(tensor), (key, tuple(tensor.shape)))
+    config = json.loads(model.config.to_json_string(use_diff=False)) | {"architectures": [tied]}
+    base = Checkpoint(Path("base"), {k: header(k, shape) for k, shape in kept.values()}, config, ())
+    names = Names(base)
+    tie = find_tie(names)
+    if tie is None:
+        assert shared_embeddings(names)
+    else:
+        assert (tie.embedding, tie.head) == (kept[id(embedding.weight)][0], paths[id(head)])

@@ -8,9 +8,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tiny_diffusion as tiny
+from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
 import loratools as lt
+from loratools.cli import cli
 from loratools.naming.tables import find_table, flattened
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -80,6 +82,77 @@ def test_attention_of_a_unet_gets_the_commonest_alpha(name, alphas, tmp_path):
     again = lt.check(path, target=["diffusers"], fix=True, output=fixed)
     assert not [f for f in again.findings if f.target]
     assert not ratios(tiny.loaded(name, tiny.make_model(name), fixed), changes)
+
+
+def unet_file(name, folder, alpha):
+    """Save a kohya file of all modules of a UNet; return its path, and a module's names in both."""
+    model = tiny.make_model(name)
+    shapes, table = tiny.layers(model), find_table(name)
+    tensors, changes = tiny.adapter(name, shapes, "kohya", ranks=(4,))
+    spelled = {}
+    for module, _, parts in tiny._rows(table, shapes, "kohya"):
+        key = f"lora_unet_{flattened(module)}"
+        value = alpha(key)
+        tensors[f"{key}.alpha"] = np.array(value, np.float32)
+        for path, _ in parts:
+            changes[path] = changes[path] * value / 3.0
+            spelled[path] = key
+    path = folder / "kohya.safetensors"
+    save_file(tensors, path)
+    return path, changes, spelled
+
+
+def of_convolutions(key):
+    return 1.0 if "conv" in key else 16.0
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+@pytest.mark.parametrize("alpha", [lambda key: 6.0, of_convolutions], ids=["one", "two"])
+def test_diffusers_reads_mixed_ranks_of_a_squeezed_unet(name, alpha, tmp_path):
+    path, _, spelled = unet_file(name, tmp_path, alpha)
+    output = tmp_path / "squeezed.safetensors"
+    result = lt.squeeze(path, budget="60%", output=output)
+    assert len({module.rank_out for module in result.modules}) > 1
+    written = lt.read(output)
+    wanted = {full: lt.delta(written, key) for full, key in spelled.items()}
+    assert not ratios(tiny.loaded(name, tiny.make_model(name), output), wanted)
+    assert not result.notes
+    assert not [f for f in about(output) if f.code == "LT506"]
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_diffusers_reads_mixed_ranks_of_a_merge_and_of_other_kinds(name, tmp_path):
+    path, _, spelled = unet_file(name, tmp_path, lambda key: 6.0)
+    some = {k: v for k, v in load_file(path).items() if "attn" in k}
+    save_file(some, tmp_path / "attention.safetensors")
+    merged = lt.merge(
+        [path, tmp_path / "attention.safetensors"], energy=0.8, output=tmp_path / "m.safetensors"
+    )
+    assert len({module.rank_out for module in merged.modules}) > 1
+    assert not merged.notes
+    written = lt.read(tmp_path / "m.safetensors")
+    wanted = {full: lt.delta(written, key) for full, key in spelled.items()}
+    model = tiny.make_model(name)
+    assert not ratios(tiny.loaded(name, model, tmp_path / "m.safetensors"), wanted)
+
+
+def test_what_diffusers_would_misread_is_told_by_what_writes_it(tmp_path):
+    attention = iter(range(3, 1000))
+    path, changes, spelled = unet_file(
+        "sd1", tmp_path, lambda key: float(next(attention)) if "attn" in key else 6.0
+    )
+    output = tmp_path / "squeezed.safetensors"
+    result = lt.squeeze(path, energy=1.0, output=output)
+    written = lt.read(output)
+    wanted = {full: lt.delta(written, key) for full, key in spelled.items()}
+    wrong = ratios(tiny.loaded("sd1", tiny.make_model("sd1"), output), wanted)
+    (told,) = (each for each in result.findings if each.code == "alpha-of-others")
+    assert f"the alphas of {len(wrong)} of {len(changes)} modules" in told.message
+    command = told.hint.partition("loratools ")[2].replace("OUTPUT", str(output)).split()
+    fixed = tmp_path / command.pop()
+    done = CliRunner().invoke(cli, [*command, str(fixed)], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert not ratios(tiny.loaded("sd1", tiny.make_model("sd1"), fixed), wanted)
 
 
 @pytest.mark.parametrize("prefix", ["lora_te_", "lora_te1_", "lora_te2_"])

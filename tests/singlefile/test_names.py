@@ -373,6 +373,25 @@ def test_loras_get_the_names_that_diffusers_gives_them(name, model_modules, tmp_
         assert found[key][2] == tensor.numpy().tobytes(), key
 
 
+@pytest.mark.parametrize("target", ["diffusers", "comfyui", "kohya"])
+def test_an_original_path_that_begins_as_a_component_is_found(target, tmp_path):
+    """ACE-Step's own names begin with `decoder.`, which is a component of Stable Cascade."""
+    tensors = {
+        f"decoder.layers.{layer}.self_attn.{module}.{leaf}.weight": np.full(shape, 0.5, "f4")
+        for layer in range(2)
+        for module in ("q_proj", "o_proj")
+        for leaf, shape in (("lora_A", (1, 4)), ("lora_B", (6, 1)))
+    }
+    own, usual = tmp_path / "own.safetensors", tmp_path / "usual.safetensors"
+    save_file(tensors, own)
+    save_file({f"diffusion_model.{key}": tensor for key, tensor in tensors.items()}, usual)
+    for source in (own, usual):
+        run("convert", source, tmp_path / f"{source.stem}-out.safetensors", "--to", target)
+    found, wanted = (tensors_of(tmp_path / f"{name}-out.safetensors") for name in ("own", "usual"))
+    assert found == wanted
+    assert not any(key.startswith(("decoder.", "lora_decoder_")) for key in found)
+
+
 def test_wan_animate_is_in_the_table_of_wan():
     import diffusers
     import torch

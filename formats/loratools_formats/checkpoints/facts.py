@@ -26,10 +26,11 @@ _TIE = "tie_word_embeddings"
 INPUT_EMBEDDINGS = frozenset(
     {
         "embed_tokens", "wte", "word_embeddings", "embed_in", "embeddings.word_embeddings",
-        "decoder.embed_tokens", "embeddings.tok_embeddings", "tok_embeddings",
+        "decoder.embed_tokens", "embeddings.tok_embeddings", "tok_embeddings", "embeddings",
+        "word_embedding", "tokens_embed", "w",
     }
 )  # fmt: skip
-"""Token embeddings, without the leading parts that wrappers add."""
+"""Token embeddings, without the leading parts that wrappers add. `w` is CTRL's."""
 
 SHARED_EMBEDDINGS = frozenset({"shared", "encoder.embed_tokens", "decoder.embed_tokens"})
 """Names of an embedding that the encoder and the decoder of one model share."""
@@ -48,6 +49,7 @@ _HEADS_BY_NAME = {
         "jina_embeddings_v3", "luke",
     ),
     "lm_head.out_proj": ("t5gemma", "t5gemma2"),
+    "text_model.lm_head": ("kosmos-2", "kosmos-2.5"),
     "proj_out": ("whisper", "moonshine", "moonshine_streaming", "canary", "cohere_asr"),
     "output_projection": ("biogpt", "trocr"),
     "generator_lm_head": ("electra", "convbert"),
@@ -80,9 +82,8 @@ _EMBEDDING = re.compile(
     r"(?!.*_(?:in|out|proj|project|projection|linear)$)(?:.*_)?(?:embed|embeddings?|emb|wte|wpe)(?:_.*)?"
     r"|embed_?tokens.*|shared|tok_embeddings|relative_attention_bias"
 )
-_VOCABULARY_LEAVES = frozenset(
-    {name.rpartition(".")[2] for name in INPUT_EMBEDDINGS} | {"shared", DEFAULT_HEAD, "embed_out"}
-)
+_INPUT_LEAVES = frozenset(name.rpartition(".")[2] for name in INPUT_EMBEDDINGS - {"w"})
+_VOCABULARY_LEAVES = _INPUT_LEAVES | {"shared", DEFAULT_HEAD, "embed_out"}
 
 
 def text_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -204,8 +205,13 @@ def head_of(types: Collection[str]) -> str:
 
 
 def is_embedding(module: str) -> bool:
-    """Return whether a module is named as embeddings are, of tokens or of anything else."""
-    return _EMBEDDING.fullmatch(module.rpartition(".")[2]) is not None
+    """Return whether a module is named as embeddings are, of tokens or of anything else.
+
+    >>> is_embedding("gpt_neox.embed_in"), is_embedding("embed_out"), is_embedding("h.0.wpe")
+    (True, False, True)
+    """
+    leaf = module.rpartition(".")[2]
+    return leaf in _INPUT_LEAVES or _EMBEDDING.fullmatch(leaf) is not None
 
 
 def is_vocabulary(module: str) -> bool:

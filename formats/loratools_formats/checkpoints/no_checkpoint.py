@@ -10,20 +10,24 @@ import shlex
 from pathlib import Path
 
 from loratools_formats.contract.file_kinds import (
-    CONFIG_FILE,
     OF_MODEL,
-    STATE_NAMES,
     file_kind,
     not_weights,
     quoted,
 )
 from loratools_formats.contract.path_kinds import (
-    WEIGHTS_OF_ADAPTERS,
     architecture,
     cached,
     is_model,
     kind_of,
     missing,
+)
+from loratools_formats.core.file_names import (
+    ADAPTER_CONFIG,
+    PICKLE_ENDINGS,
+    TRAINING_STATE,
+    WEIGHTS_OF_ADAPTERS,
+    WRITTEN_ENDINGS,
 )
 from loratools_formats.disk.errors import MissingFileError
 from loratools_formats.disk.first_bytes import ARCHIVE_START, Kind
@@ -31,8 +35,7 @@ from loratools_formats.disk.first_bytes import ARCHIVE_START, Kind
 STEMS = ("model", "diffusion_pytorch_model")
 PIPELINE_INDEX = "model_index.json"
 WEIGHT_SUFFIXES = (
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz",
-    ".ot",
+    *WRITTEN_ENDINGS, *PICKLE_ENDINGS, ".h5", ".msgpack", ".onnx", ".npz", ".ot",
 )  # fmt: skip
 _NAME_MODEL = "Name a model's folder, or its weights"
 _START_BYTES = 512
@@ -78,7 +81,7 @@ def _of_folder(target: Path) -> Kind | None:
     found = cached(target)
     if found is not None:
         return found
-    if any((target / name).is_file() for name in (CONFIG_FILE, *WEIGHTS_OF_ADAPTERS)):
+    if any((target / name).is_file() for name in (ADAPTER_CONFIG, *WEIGHTS_OF_ADAPTERS)):
         fused = f"loratools fuse MODEL {quoted(target)} -o fused"
         return Kind("is an adapter, not a model", f"To put it into its model: {fused}")
     if (target / PIPELINE_INDEX).is_file():
@@ -109,8 +112,8 @@ def _components(pipeline: Path) -> str:
 
 def _weights_in(folder: Path) -> list[str]:
     """Return the names of weight files in a folder that `read_checkpoint` does not look for."""
-    listed = sorted(path.name for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES)
-    return [name for name in listed if not name.startswith(".") and not STATE_NAMES.fullmatch(name)]
+    listed = (path.name for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES)
+    return sorted(n for n in listed if not n.startswith(".") and not TRAINING_STATE.fullmatch(n))
 
 
 def _other_weights(folder: Path) -> str | None:

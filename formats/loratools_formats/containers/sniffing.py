@@ -6,13 +6,15 @@ import functools
 import re
 from pathlib import Path
 
+from loratools_formats.core.file_names import ADAPTER_CONFIG, PICKLE_ENDINGS, WEIGHTS_OF_ADAPTERS
+
 # Quotes within metadata are escaped; the entry after them must not be looked for at each of them.
-_ENTRY = re.compile(rb'(?<!\\)"((?:[^"\\]|\\.)++)":\s*\{\s*"(?:dtype|shape|data_offsets)"')
-_CONFIG = "adapter_config.json"
+_ENTRY = re.compile(
+    rb'(?<!\\)"((?!")[^"\\]*+(?:\\.[^"\\]*+)*+)":\s*\{\s*"(?:dtype|shape|data_offsets)"'
+)
 _SNIFFED_BYTES = 1 << 16
 # A name in a safetensors header, or a short string in a pickle.
 _PEFT_NAME = re.compile(rb'(?:(?<!\\)"|X.\x00\x00\x00)base_model\.model\.', re.DOTALL)
-_OF_FOLDERS = ("adapter_model.bin", "adapter_model.safetensors", "adapters.safetensors")
 
 
 def tensor_names(header: bytes) -> list[bytes]:
@@ -33,8 +35,8 @@ _in_piece = functools.lru_cache(maxsize=4)(_in)  # twenty formats look at the sa
 
 def is_part_of_folder(path: Path) -> bool:
     """Return whether a weight file belongs to a PEFT or MLX folder: a configuration is beside."""
-    if path.name in _OF_FOLDERS:
-        return (path.parent / _CONFIG).is_file()
+    if path.name in WEIGHTS_OF_ADAPTERS:
+        return (path.parent / ADAPTER_CONFIG).is_file()
     return is_beside_peft_config(path)
 
 
@@ -43,9 +45,9 @@ def is_beside_peft_config(path: Path) -> bool:
 
     It may be called anything: PEFT calls it `adapter_model`, and people rename it.
     """
-    if path.suffix not in (".safetensors", ".bin", ".pt", ".pth") or not path.is_file():
+    if path.suffix not in (".safetensors", *PICKLE_ENDINGS) or not path.is_file():
         return False
-    config = path.parent / _CONFIG
+    config = path.parent / ADAPTER_CONFIG
     try:
         return (
             config.is_file()

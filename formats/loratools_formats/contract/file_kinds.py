@@ -12,6 +12,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from loratools_formats.containers.sniffing import tensor_names
+from loratools_formats.core.file_names import (
+    ADAPTER_CONFIG,
+    PICKLE_ENDINGS,
+    TRAINING_STATE,
+    WEIGHT_ENDINGS,
+)
 from loratools_formats.disk.errors import AdapterError
 from loratools_formats.disk.first_bytes import (
     ARCHIVE_START,
@@ -23,13 +29,6 @@ from loratools_formats.disk.first_bytes import (
     kind_of_text,
 )
 
-CONFIG_FILE = "adapter_config.json"
-STATE_NAMES = re.compile(
-    r"(?:optimizer|scheduler|scaler|rng_state(?:_\d+)?|training_args)\.(?:pt|pth|bin)"
-    r"|.*_(?:optim|model)_states\.pt"
-)
-"""Files that trainers write beside weights, to go on from there."""
-WEIGHT_ENDINGS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt")
 _OF_MODELS = re.compile(
     r"(?:^|\.)(?:(?:\w*_)?(?:blocks?|layers?)|h)\.\d+\.(?:.*\.)?"
     r"(?:_?weight(?:[._][\w.]*)?|bias|qweight|qzeros|scales|biases|g_idx|W_q|input_scale"
@@ -40,12 +39,10 @@ _OF_ADAPTERS = re.compile(r"lora|adapter|hada_|lokr_|oft|delta|\.diff(?!usion)",
 OF_MODEL = "is a model's weights, not an adapter"
 _MOST_HEADER_BYTES = 1 << 20
 _TWO = 2
-_TORCH = (".bin", ".pt", ".pth", ".ckpt")
-"""Endings of files that torch saves, which are zip archives, too."""
 _BROKEN_OFF = (".part", ".incomplete", ".crdownload", ".aria2", ".download", ".partial")
 _NAMES = (
     (
-        STATE_NAMES,
+        TRAINING_STATE,
         "holds the state of a training run, not weights of an adapter",
         "Name the folder or the file of the adapter that the run saved",
     ),
@@ -100,7 +97,7 @@ def not_weights(path: Path) -> Kind | None:
         start = _start_of(path)
     except OSError:
         return None
-    if path.name == CONFIG_FILE:
+    if path.name == ADAPTER_CONFIG:
         return Kind("is an adapter's configuration", f"Name its folder: {quoted(path.parent)}")
     if path.suffix in _BROKEN_OFF:
         return Kind("is a download that has not ended", "Let it end, or fetch the file again")
@@ -138,7 +135,7 @@ def _cut(start: bytes, size: int) -> Kind | None:
 
 
 def _archive(path: Path, start: bytes) -> Kind | None:
-    if not start.startswith((ARCHIVE_START, b"PK\x05\x06")) or path.suffix in _TORCH:
+    if not start.startswith((ARCHIVE_START, b"PK\x05\x06")) or path.suffix in PICKLE_ENDINGS:
         return None
     if path.suffix == ".safetensors":
         own = f"mv {quoted(path)} {quoted(path.with_suffix('.bin'))}"
@@ -159,10 +156,10 @@ def _text(path: Path, start: bytes) -> Kind | None:
             "is the index of a model's weight files", f"Name its folder: {quoted(path.parent)}"
         )
     if '"peft_type"' in text:
-        named = quoted(path.with_name(CONFIG_FILE))
+        named = quoted(path.with_name(ADAPTER_CONFIG))
         return Kind(
             "is an adapter's configuration under another name",
-            f"Beside the weights it is called {CONFIG_FILE}: mv {quoted(path)} {named}",
+            f"Beside the weights it is called {ADAPTER_CONFIG}: mv {quoted(path)} {named}",
         )
     if '"model_type"' in text or '"_class_name"' in text:
         return Kind("is a model's configuration", NAME_ANOTHER)
@@ -255,8 +252,8 @@ def _of_peft(path: Path, names: list[str]) -> Kind | None:
     if not any(name.startswith("base_model.model.") for name in names):
         return None
     return Kind(
-        f"holds PEFT's weights, and {CONFIG_FILE}, which tells their scale, is not beside it",
-        f"Fetch {CONFIG_FILE} from where the adapter came from, into {quoted(path.parent)}",
+        f"holds PEFT's weights, and {ADAPTER_CONFIG}, which tells their scale, is not beside it",
+        f"Fetch {ADAPTER_CONFIG} from where the adapter came from, into {quoted(path.parent)}",
     )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import ModuleChange
+from loratools_formats.core.file_names import WRITTEN_ENDINGS
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import UnsupportedError
 
@@ -78,6 +79,15 @@ class Format:
     naming: Naming | None = None
     uses_base: bool = False
     one_kind: bool = False
+
+    @property
+    def ending(self) -> str:
+        """What the name of an output ends in; empty for folders."""
+        return "" if self.is_folder else (*self.suffixes, WRITTEN_ENDINGS[0])[0]
+
+    def fits(self, name: str) -> bool:
+        """Return whether a name ends as those of the format's files do, in any case of letters."""
+        return name.lower().endswith(self.suffixes)
 
     @property
     def is_readable(self) -> bool:

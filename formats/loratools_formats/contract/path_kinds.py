@@ -14,26 +14,26 @@ from pathlib import Path
 from typing import Any
 
 from loratools_formats.contract.file_kinds import (
-    CONFIG_FILE,
-    STATE_NAMES,
     file_kind,
     header_names,
     is_of_model,
     quoted,
 )
+from loratools_formats.core.file_names import (
+    ADAPTER_CONFIG,
+    MODEL_WEIGHTS,
+    TRAINING_STATE,
+    WEIGHT_ENDINGS,
+    WEIGHTS_OF_ADAPTERS,
+)
 from loratools_formats.disk.errors import LoratoolsError, MissingFileError
 from loratools_formats.disk.first_bytes import NAME_ANOTHER, Kind
 from loratools_formats.disk.strict_json import read_object
 
-WEIGHTS_OF_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
-_MODEL_WEIGHTS = re.compile(
-    r"(?:model|diffusion_pytorch_model|pytorch_model|consolidated)[-.\w]*\.(?:safetensors|bin)"
-    r"(?:\.index\.json)?"
-)
 _HUB_ID = re.compile(r"(?:hf:/{1,2}|https?:/{1,2}huggingface\.co/)?([\w-][\w.-]*/[\w-][\w.-]*)/?")
 _ADDRESS = re.compile(r"(https?:)/+")
 _WEIGHTED = re.compile(r"(.+?)[=*@,](-?(?:\d+\.?\d*|\.\d+))")
-_OF_FILES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".nemo", ".json")
+_OF_FILES = (*WEIGHT_ENDINGS, ".json")
 _OTHER_WEIGHTS = {
     ".h5": "Keras",
     ".msgpack": "Flax",
@@ -131,7 +131,7 @@ def of_nothing_below(folder: Path) -> Kind:
 def is_model(path: Path) -> bool:
     """Return whether a folder holds a model's weights."""
     try:
-        return path.is_dir() and any(_MODEL_WEIGHTS.fullmatch(each) for each in os.listdir(path))
+        return path.is_dir() and any(MODEL_WEIGHTS.fullmatch(each) for each in os.listdir(path))
     except OSError:
         return False
 
@@ -160,7 +160,7 @@ def is_base(path: Path) -> bool:
     if path.is_dir():
         names = sorted(os.listdir(path))
         others = _cached_or_pipeline(path, names) or _without_config(path, names)
-        return others is None and CONFIG_FILE not in names and _model(path, names) is not None
+        return others is None and ADAPTER_CONFIG not in names and _model(path, names) is not None
     if path.suffix != ".safetensors" or not path.is_file():
         return False
     return is_of_model(header_names(path))
@@ -184,7 +184,7 @@ def _of_folder(folder: Path) -> Kind | None:
         kind = found(folder, names)
         if kind is not None:
             return kind
-    if CONFIG_FILE in names:
+    if ADAPTER_CONFIG in names:
         return None
     if any((folder / name).is_dir() and not name.startswith(".") for name in names):
         return None
@@ -207,19 +207,19 @@ def _cached_or_pipeline(folder: Path, names: list[str]) -> Kind | None:
 
 def _without_config(folder: Path, names: list[str]) -> Kind | None:
     found = next((name for name in WEIGHTS_OF_ADAPTERS if name in names), None)
-    if found is None or CONFIG_FILE in names:
+    if found is None or ADAPTER_CONFIG in names:
         return None
-    hint = f"Fetch {CONFIG_FILE} from where the adapter came from"
+    hint = f"Fetch {ADAPTER_CONFIG} from where the adapter came from"
     if found.startswith("adapter_model"):
         hint += (
             f", or: loratools to-lora {quoted(folder / found)} --set alpha=VALUE "
             "--set variant=VALUE -o plain"
         )
-    return Kind(f"{found} is there, {CONFIG_FILE} is not", hint)
+    return Kind(f"{found} is there, {ADAPTER_CONFIG} is not", hint)
 
 
 def _model(folder: Path, names: list[str]) -> Kind | None:
-    if not any(map(_MODEL_WEIGHTS.fullmatch, names)):
+    if not any(map(MODEL_WEIGHTS.fullmatch, names)):
         return None
     return Kind(
         f"is a model{architecture(folder)}, not an adapter",
@@ -231,8 +231,8 @@ def _weights(folder: Path, names: list[str]) -> Kind | None:
     found = [
         name
         for name in names
-        if name.endswith((".safetensors", ".gguf", ".pt", ".pth", ".bin"))
-        and not STATE_NAMES.fullmatch(name)
+        if name.endswith(WEIGHT_ENDINGS)
+        and not TRAINING_STATE.fullmatch(name)
         and not name.startswith("._")
     ]
     if not found:
@@ -272,7 +272,7 @@ def _state(folder: Path, names: list[str]) -> Kind | None:
             "is a checkpoint of DeepSpeed, whose tensors are in pieces",
             f"Put them together: python {quoted(folder / 'zero_to_fp32.py')} {there} gathered",
         )
-    state = [name for name in names if STATE_NAMES.fullmatch(name)]
+    state = [name for name in names if TRAINING_STATE.fullmatch(name)]
     if not state:
         return None
     return Kind(

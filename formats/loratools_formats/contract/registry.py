@@ -142,9 +142,9 @@ def format_for_output(path: str | os.PathLike[str]) -> Format:
     Raises:
         UnknownFormatError: the name fits no format, or several.
     """
-    name = os.path.basename(os.fspath(path)).lower()
+    name = os.path.basename(os.fspath(path))
     writable = [one for one in _working() if one.is_writable]
-    found = [one for one in writable if any(name.endswith(suffix) for suffix in one.suffixes)]
+    found = [one for one in writable if one.fits(name)]
     if not found and "." not in name:
         found = [one for one in writable if one.is_folder and not one.suffixes]
     if len(found) == 1:

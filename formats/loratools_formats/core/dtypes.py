@@ -95,6 +95,11 @@ _TABLE = (
 
 DTYPES: dict[str, DType] = {entry.code: entry for entry in _TABLE}
 
+OF_MODELS = ("F32", "F16", "BF16")
+"""Types that models compute in: those of plain weights, and of the scales of quantised ones."""
+FLOATING = ("F64", *OF_MODELS)
+"""Types that weights are added up in and stored in without a scale."""
+
 
 @dataclass(frozen=True)
 class Spacing:

@@ -72,6 +72,15 @@ def flattened_convolution(
     return a.reshaped((a.shape[0], math.prod(a.shape[1:]))), b.reshaped(b.shape[:2]), layer
 
 
+def scale_of(alpha: float, rank: int, *, is_rooted: bool) -> float:
+    """Return the factor of b @ a: α/r, or α/√r for rank-stabilised LoRA (arXiv 2312.03732).
+
+    >>> scale_of(16, 4, is_rooted=False), scale_of(16, 4, is_rooted=True)
+    (4.0, 8.0)
+    """
+    return alpha / (math.sqrt(rank) if is_rooted else rank)
+
+
 def alpha_of(rank: int, scale: float) -> int | float:
     """Return the α with α/r = scale, a whole number if a small one gives that scale.
 

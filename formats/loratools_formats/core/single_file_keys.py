@@ -217,6 +217,23 @@ def parse(key: str, *, control: bool = False) -> Key | None:
     return None
 
 
+def is_first_factor(key: str, module: str) -> bool:
+    """Return whether a tensor's key is that of a module's first factor, as a file would have it.
+
+    Factors that an operation makes of something else get other keys, until they are written.
+
+    >>> is_first_factor("lora_unet_proj_in.lora_down.weight", "lora_unet_proj_in")
+    True
+    >>> is_first_factor("lora_unet_proj_in.hada_w1_a", "lora_unet_proj_in")
+    False
+    """
+    parsed = parse(key, control=True)
+    return parsed is not None and (parsed.module, parsed.role) in (
+        (module, "a"),
+        (module, "embedding_a"),
+    )
+
+
 def _endings(key: str, control: bool) -> Iterator[tuple[str, Role, Style]]:
     """Yield what comes before each leaf that the key could end in, the longest leaf first."""
     pieces = key.split(".")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratools_formats.contract.commands import command_on
 from loratools_formats.contract.format import Context, Format, Loss
+from loratools_formats.core.file_names import ADAPTER_CONFIG, MLX_WEIGHTS, WEIGHTS_OF_PEFT
 from loratools_formats.disk.distant import is_there
 
 if TYPE_CHECKING:
@@ -25,16 +26,13 @@ if TYPE_CHECKING:
     from loratools_formats.core.tensors import TensorRef
     from loratools_formats.disk.files import RegularFile
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapters.safetensors"
-_WEIGHTS_OF_PEFT = ("adapter_model.safetensors", "adapter_model.bin")
 _MAX_CONFIG_BYTES = 1 << 20
 _KEY = re.compile(r"(?P<path>[^.]+(?:\.[^.]+)*)\.(?P<part>lora_a|lora_b|m)")
 _LAYER = re.compile(r"(?:.*\.)?(?:layers|h|blocks)\.\d+\.(.+)")
 
 
 def _folder(path: Path) -> Path:
-    return path.parent if path.name == WEIGHTS_FILE else path
+    return path.parent if path.name == MLX_WEIGHTS else path
 
 
 def _adapter(folder: Path) -> Adapter:
@@ -43,9 +41,9 @@ def _adapter(folder: Path) -> Adapter:
     from loratools_formats.disk.errors import AdapterError
     from loratools_formats.disk.files import RegularFile, inside
 
-    config_file = RegularFile(inside(folder, CONFIG_FILE))
+    config_file = RegularFile(inside(folder, ADAPTER_CONFIG))
     config = _config(config_file)
-    file = read_safetensors(inside(folder, WEIGHTS_FILE))
+    file = read_safetensors(inside(folder, MLX_WEIGHTS))
     parts: dict[str, dict[str, TensorRef]] = {}
     for name, tensor in file.tensors.items():
         key = _KEY.fullmatch(name)
@@ -192,12 +190,13 @@ def _written_config(adapter: Adapter) -> dict[str, Any]:
         ("kind", kinds),
     ):
         if len(found) > 1:
+            first = command_on(adapter, "squeeze", "--energy 1 --uniform", output="uniform")
+            is_made = adapter.provenance is not None and what != "kind"
             raise UnsupportedError(
                 f"mlx-lm loads adapters of one {what} only",
                 path=adapter.source,
                 got=", ".join(map(str, sorted(found))),
-                hint="Make it uniform first: "
-                + command_on(adapter, "squeeze", "--energy 1 --uniform", output="uniform"),
+                hint="Add `uniform=True`" if is_made else f"Make it uniform first: {first}",
             )
     config = dict(adapter.config)
     if parts:
@@ -222,9 +221,9 @@ class Mlx(Format):
     def sniff(self, path: Path) -> bool:
         """Return whether a folder has MLX's configuration and weights, and none of PEFT's."""
         folder = _folder(path)
-        if not is_there(folder / WEIGHTS_FILE) or not (folder / CONFIG_FILE).is_file():
+        if not is_there(folder / MLX_WEIGHTS) or not (folder / ADAPTER_CONFIG).is_file():
             return False
-        return not any(is_there(folder / name) for name in _WEIGHTS_OF_PEFT)
+        return not any(is_there(folder / name) for name in WEIGHTS_OF_PEFT)
 
     def read(self, path: Path) -> Adapter:
         """Read a folder, or one named by its weight file."""
@@ -251,8 +250,8 @@ class Mlx(Format):
         from loratools_formats.disk import strict_json
 
         config = strict_json.dumps(_written_config(adapter), indent=4)
-        (path / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
-        write_safetensors(path / WEIGHTS_FILE, _stored(adapter), adapter.metadata)
+        (path / ADAPTER_CONFIG).write_text(config + "\n", encoding="utf-8")
+        write_safetensors(path / MLX_WEIGHTS, _stored(adapter), adapter.metadata)
 
     def weights_nbytes(self, adapter: Adapter) -> int:
         """Return the size of the weight file that `write` would make."""

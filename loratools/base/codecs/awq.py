@@ -35,7 +35,7 @@ from loratools.base.codecs.codec import (
 from loratools.base.codecs.levels import integer_codes, rounded
 from loratools.base.codecs.parts import Columns, matrix_rows
 from loratools_formats.checkpoints.siblings import sibling, wrong_shape
-from loratools_formats.core.dtypes import Array, DType
+from loratools_formats.core.dtypes import OF_MODELS, Array, DType
 from loratools_formats.core.tensors import TensorRef
 
 _CAVEAT = (
@@ -43,7 +43,6 @@ _CAVEAT = (
     "this one, does not fit it"
 )
 _ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the place of each of eight columns
-_FLOATING = ("F16", "BF16", "F32")
 _GROUPS = (32, 64, 128)
 _PAD = {128: 1, 64: 2, 32: 4}
 _FOUR = 4
@@ -182,10 +181,10 @@ def _declare(stored: Stored) -> dict[str, CodedWeight]:
         key = f"{module}.weight"
         bits = _bits_of_gemm(codes, zeros, scales)
         if bits is not None and stored.stated.get("version") != "gemv":
-            sibling(stored.tensors, scales.key, _FLOATING)
+            sibling(stored.tensors, scales.key, OF_MODELS)
             found[key] = _Gemm(key, parts, bits)
         elif len({part.shape[0] for part in parts.values()}) == 1:
-            sibling(stored.tensors, scales.key, _FLOATING)
+            sibling(stored.tensors, scales.key, OF_MODELS)
             found[key] = _Gemv(key, parts, _groups_of_gemv(parts, stored.stated))
     return found
 

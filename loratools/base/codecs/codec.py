@@ -17,7 +17,8 @@ from loratools_formats.core.tensors import Buffer, TensorRef, in_file
 CHUNK = 1 << 19  # elements asked for at a time
 _PIECE = 1 << 17  # elements computed at a time, which stay in a core's cache
 _KEPT = 4 << 20  # bytes of a block that is freed once
-_DTYPE_KEYS = ("dtype", "torch_dtype")
+DTYPE_KEYS = ("dtype", "torch_dtype")
+"""Keys of a configuration for the type that the model computes in, the newer first."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Stored:
     @property
     def dtype(self) -> str:
         """The type that the model computes in, BF16 unless its configuration says F16."""
-        stated = next((self.config[k] for k in _DTYPE_KEYS if k in self.config), None)
+        stated = next((self.config[k] for k in DTYPE_KEYS if k in self.config), None)
         return "F16" if stated == "float16" else "BF16"
 
     def without(self, keys: Iterable[str]) -> Stored:

@@ -31,11 +31,10 @@ from loratools.base.codecs.levels import Attempt, as_they_were, integer_codes, n
 from loratools.base.codecs.parts import matrix_rows
 from loratools.base.codecs.words import Words
 from loratools_formats.checkpoints.siblings import sibling, wrong_shape
-from loratools_formats.core.dtypes import Array, converted, encode
+from loratools_formats.core.dtypes import OF_MODELS, Array, converted, encode
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
-_FLOATING = ("BF16", "F16", "F32")
 _TOGETHER = 32  # rows whose zeros fill whole words
 _PACKED = ".weight_packed"
 
@@ -232,7 +231,7 @@ def _declare(stored: Stored) -> dict[str, CodedWeight]:
         scale = stored.tensors.get(f"{module}.weight_scale")
         if codes.dtype.code != "I8" or len(codes.shape) != 2 or scale is None:
             continue
-        if scale.dtype.code in _FLOATING:
+        if scale.dtype.code in OF_MODELS:
             parts = _parts(stored, module, codes.shape, None)
             key = f"{module}.weight"
             found[key] = _Integers(key, codes.shape, codes, None, parts, "INT8")
@@ -317,7 +316,7 @@ def _parts(
     stored: Stored, module: str, shape: tuple[int, ...], words: Words | None
 ) -> dict[str, TensorRef]:
     """Return the scale of a weight, and its zero point and order of groups if it has them."""
-    scale = sibling(stored.tensors, f"{module}.weight_scale", _FLOATING)
+    scale = sibling(stored.tensors, f"{module}.weight_scale", OF_MODELS)
     grid = (1, 1) if scale.numel == 1 else (*scale.shape, 1)[:2]
     index = stored.tensors.get(f"{module}.weight_g_idx")
     if (
@@ -330,7 +329,7 @@ def _parts(
     parts = {"scale": scale}
     zero = stored.tensors.get(f"{module}.weight_zero_point")
     if zero is not None:
-        if zero.dtype.code not in ("I8", "I32", *_FLOATING):
+        if zero.dtype.code not in ("I8", "I32", *OF_MODELS):
             sibling(stored.tensors, zero.key, ("I8", "I32"))
         _check_zeros(zero, grid, words)
         parts["zero_point"] = zero

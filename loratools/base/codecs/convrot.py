@@ -31,13 +31,12 @@ from loratools.base.codecs.codec import (
 from loratools.base.codecs.levels import integer_codes
 from loratools.base.codecs.parts import matrix_rows
 from loratools_formats.checkpoints.siblings import sibling, wrong_shape
-from loratools_formats.core.dtypes import DTYPES, Array
+from loratools_formats.core.dtypes import DTYPES, OF_MODELS, Array
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
 
 _GROUP = 256
 _FOUR, _EIGHT = 4, 8
-_FLOATING = ("F32", "BF16", "F16")
 _OF_FOUR_BITS = "convrot_w4a4"
 
 
@@ -117,7 +116,7 @@ def rotated_weight(
     sibling(tensors, codes.key, ("I8",))
     if len(codes.shape) != 2 or not all(codes.shape):
         raise wrong_shape(codes, "(out, in)")
-    scale = sibling(tensors, f"{codes.key}_scale", _FLOATING)
+    scale = sibling(tensors, f"{codes.key}_scale", OF_MODELS)
     if scale.numel not in (1, codes.shape[0]):
         raise wrong_shape(scale, f"1 or {codes.shape[0]} numbers")
     group, width = said.get("convrot_groupsize", _GROUP), codes.shape[1] * _EIGHT // bits

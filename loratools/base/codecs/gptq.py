@@ -29,13 +29,12 @@ from loratools.base.codecs.codec import (
 from loratools.base.codecs.levels import integer_codes, rounded
 from loratools.base.codecs.parts import Columns
 from loratools_formats.checkpoints.siblings import sibling, wrong_shape
-from loratools_formats.core.dtypes import Array
+from loratools_formats.core.dtypes import OF_MODELS, Array
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 _BITS = (2, 3, 4, 8)
 _BITS_OF_AUTO_ROUND = tuple(range(2, 9))  # gptqmodel stores its 5 to 7 bits in planes
-_FLOATING = ("F16", "BF16", "F32")
 _PLAIN_ZEROS = ("gptq_v2", "auto_round", "auto_round:gptqmodel")
 _ZEROS_LESS_ONE = (None, "gptq", "auto", "auto_round:auto_gptq", "auto_round:gptq")
 _TOGETHER = 32  # columns whose codes fill whole words
@@ -172,7 +171,7 @@ def _declare(stored: Stored) -> dict[str, CodedWeight]:
 
 def _weight(stored: Stored, module: str, parts: Mapping[str, TensorRef]) -> CodedWeight:
     codes, scales = parts["qweight"], parts["scales"]
-    sibling(stored.tensors, scales.key, _FLOATING)
+    sibling(stored.tensors, scales.key, OF_MODELS)
     zeros = sibling(stored.tensors, f"{module}.qzeros", ("I32",))
     out, groups = codes.shape[1], scales.shape[0]
     if len(zeros.shape) != 2 or zeros.shape[0] != groups or not out:

@@ -21,7 +21,7 @@ import numpy as np
 from loratools.base.codecs.codec import Codec, CodedWeight, Scheme, Stored
 from loratools.base.codecs.levels import rounded
 from loratools_formats.checkpoints.siblings import sibling, wrong_shape
-from loratools_formats.core.dtypes import DTYPES, Array
+from loratools_formats.core.dtypes import DTYPES, OF_MODELS, Array
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import UnsupportedError
 
@@ -32,7 +32,6 @@ _ABOUT = (
     "channel_wise", "optimize", "round_zero",
 )  # fmt: skip
 _PACKING = re.compile(r"([1-8])bit_(u8|32)")
-_FLOATING = ("F16", "BF16", "F32")
 _DTYPES = {"float16": "F16", "bfloat16": "BF16", "bfloat": "BF16", "float32": "F32"}
 _MOST_BYTES = 64
 
@@ -153,7 +152,7 @@ def _weight(module: str, codes: TensorRef, parts: Mapping[str, TensorRef]) -> Co
         raise wrong_shape(codes, list(expected))
     tensors = {part.key: part for part in parts.values()}
     for name in ("scale", "zero"):
-        numbers = sibling(tensors, f"{module}.{name}", _FLOATING)
+        numbers = sibling(tensors, f"{module}.{name}", OF_MODELS)
         if numbers.numel != groups:
             raise wrong_shape(numbers, f"{groups} numbers")
     scheme = Scheme("HQQ", bits, group)

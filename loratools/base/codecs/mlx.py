@@ -38,7 +38,7 @@ from loratools.base.codecs.mlx_encode import (
 )
 from loratools.base.codecs.parts import matrix_rows
 from loratools_formats.checkpoints.siblings import sibling, wrong_shape
-from loratools_formats.core.dtypes import DTYPES, Array, encode
+from loratools_formats.core.dtypes import DTYPES, OF_MODELS, Array, encode
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
@@ -46,7 +46,6 @@ _BITS = (2, 3, 4, 5, 6, 8)
 _GROUPS = (32, 64, 128)
 _KEYS = ("quantization", "quantization_config")
 _BIASES = ("biases", "qbiases")
-_FLOATING = ("F32", "F16", "BF16")
 
 
 class _Mlx(CodedWeight):
@@ -218,7 +217,7 @@ def _declare(stored: Stored) -> dict[str, CodedWeight]:
                 raise AdapterError(
                     "a tensor of a quantised weight is missing", tensor=f"{module}.biases"
                 )
-            sibling(stored.tensors, scales.key, _FLOATING)
+            sibling(stored.tensors, scales.key, OF_MODELS)
             sibling(stored.tensors, biases.key, (scales.dtype.code,), scales.shape)
             bits = _bits(codes, scales, _entry(stated, module))
             found[key] = _Affine(key, codes, scales, biases, bits)

@@ -30,7 +30,7 @@ from loratools.base.codecs.codec import (
 from loratools.base.codecs.levels import float_codes, integer_codes, rounded
 from loratools.base.codecs.parts import matrix_rows
 from loratools_formats.checkpoints.siblings import sibling, wrong_shape
-from loratools_formats.core.dtypes import DTYPES, Array
+from loratools_formats.core.dtypes import DTYPES, OF_MODELS, Array
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.disk.strict_json import parsed_object
@@ -42,7 +42,6 @@ _KINDS = {
     "Float8Tensor": ("F8_E4M3", "F8_E5M2"),
 }
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-_FLOATING = ("F32", "BF16", "F16")
 _OF_RUNNING = ("act_quant_scale", "act_quant_zero_point")
 _OF_INPUTS = "act_pre_scale"
 _INTX = re.compile(r"int([1-8])")
@@ -149,7 +148,7 @@ def _weight(
             hint="Start from the original checkpoint",
         )
     sibling(stored.tensors, codes.key, _KINDS[kind])
-    parts = {"qdata": codes, "scale": sibling(stored.tensors, f"{prefix}scale", _FLOATING)}
+    parts = {"qdata": codes, "scale": sibling(stored.tensors, f"{prefix}scale", OF_MODELS)}
     if f"{prefix}zero_point" in stored.tensors:
         parts["zero_point"] = stored.tensors[f"{prefix}zero_point"]
     _check_named(stored, prefix, said.get("_tensor_data_names"))

@@ -173,10 +173,12 @@ class ModelClass:
         """Return whether PEFT adapts a weight as a parameter only.
 
         It has no layer for some modules. In classes that stack experts, it takes every layer that
-        is called as the projections of experts were for one of them, dense ones too.
+        is called as the projections of experts were for one of them, dense ones too, and every
+        `gate` for a router.
         """
         module = name.removesuffix(".weight")
-        if module != name and module.rpartition(".")[2] in self._projections:
+        leaf = module.rpartition(".")[2]
+        if module != name and self._projections and leaf in {*self._projections, "gate"}:
             return True
         return bool(self._bare) and numbered(name)[0] in self._bare
 

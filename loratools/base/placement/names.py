@@ -17,12 +17,12 @@ from loratools.base.placement import rules
 from loratools.base.placement.model_class import Named, class_of, names_in
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.facts import TEXT_SECTIONS
+from loratools_formats.core.expert_names import NUMBER
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.core.wrapped_names import unwrapped
 from loratools_formats.disk.errors import AdapterError
 
 _SECTIONS = (*TEXT_SECTIONS, "vision_config")
-_EXPERT_NUMBER = re.compile(r"\bexperts\.(\d{1,6})\.")
 _VISION = re.compile(r"^(vision|visual|image)")
 
 
@@ -217,7 +217,7 @@ class Names:
             return {}
         found: dict[str, dict[int, dict[int, str]]] = {}
         for key, named in names_in(self._model, list(self.tensors)).items():
-            expert = _EXPERT_NUMBER.search(key)
+            expert = NUMBER.search(key)
             kinds = () if named.rule is None else named.rule.operations
             if expert is not None and kinds and kinds[0][0] == "MergeModulelist":
                 parts = found.setdefault(named.name, {}).setdefault(int(expert[1]), {})

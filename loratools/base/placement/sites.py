@@ -14,10 +14,10 @@ from loratools.base.placement.fused import (
     is_alternating,
 )
 from loratools.base.placement.names import Names
+from loratools_formats.core.expert_names import NUMBER
 from loratools_formats.core.wrapped_names import unwrapped
 
 _EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<index>\d{1,6})\.(?P<leaf>[a-z0-9_]+)")
-_NUMBERED = re.compile(r"\bexperts\.(\d{1,6})\.")
 _STACKED = {
     "gate_proj": ("gate_up_proj", 0),
     "up_proj": ("gate_up_proj", 1),
@@ -154,7 +154,7 @@ def _in_class(names: Names, module: str) -> list[Site]:
     named = names.in_class(f"{module}.weight")
     if named is None or named.rule is None:
         return []
-    index = _NUMBERED.search(module)
+    index = NUMBER.search(module)
     kinds = [operation for operation, _ in named.rule.operations]
     shape = names.tensors[named.name].shape if named.name in names.tensors else ()
     if index is None or len(shape) != 3 or kinds[:1] != ["MergeModulelist"]:

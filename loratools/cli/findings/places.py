@@ -6,8 +6,7 @@ import os
 from pathlib import Path
 
 from loratools.operations.check.outcome import CheckFinding
-
-_WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors", "adapter_model.bin")
+from loratools_formats.core.file_names import WEIGHTS_OF_ADAPTERS
 
 
 def file_of(finding: CheckFinding) -> str:
@@ -16,7 +15,8 @@ def file_of(finding: CheckFinding) -> str:
         return "/".join(filter(None, [finding.adapter.rstrip("/"), finding.file]))
     path = Path(finding.adapter)
     if path.is_dir():
-        named = (finding.file, *_WEIGHTS)  # a card that is missing has no place of its own
+        # A card that is missing has no place of its own.
+        named = (finding.file, *WEIGHTS_OF_ADAPTERS)
         path /= next((each for each in named if each and (path / each).is_file()), "")
     elif finding.file is not None and (path.parent / finding.file).is_file():
         path = path.parent / finding.file

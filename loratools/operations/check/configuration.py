@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator
 
 from loratools.operations.check.rule import Found, Rule
-from loratools.operations.check.subject import CONFIG_FILE, Subject
+from loratools.operations.check.subject import Subject
+from loratools_formats.core.file_names import ADAPTER_CONFIG
 
 _LOCAL = re.compile(r"(?:[/~\\.]|[A-Za-z]:[\\/])")
 _HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
@@ -19,12 +20,12 @@ def _local_base(subject: Subject) -> Iterator[Found]:
         return
     if _LOCAL.match(name) or name.count("/") > 1 or not _HUB_ID.fullmatch(name):
         text = f"base_model_name_or_path is {name!r}, which is no id on the Hub"
-        yield Found(text, "base_model_name_or_path", CONFIG_FILE)
+        yield Found(text, "base_model_name_or_path", ADAPTER_CONFIG)
 
 
 def _no_base(subject: Subject) -> Iterator[Found]:
     if subject.is_peft and subject.config and not subject.config.get("base_model_name_or_path"):
-        yield Found("no base model is recorded", "base_model_name_or_path", CONFIG_FILE)
+        yield Found("no base model is recorded", "base_model_name_or_path", ADAPTER_CONFIG)
 
 
 def _unsorted(subject: Subject) -> Iterator[Found]:
@@ -33,10 +34,10 @@ def _unsorted(subject: Subject) -> Iterator[Found]:
         return
     names = [name for name in targets if isinstance(name, str)]
     if len(set(names)) < len(names):
-        yield Found("target_modules names a module twice", "target_modules", CONFIG_FILE)
+        yield Found("target_modules names a module twice", "target_modules", ADAPTER_CONFIG)
     elif names != sorted(names):
         text = "target_modules is in no order: PEFT writes a set, and in another order each time"
-        yield Found(text, "target_modules", CONFIG_FILE)
+        yield Found(text, "target_modules", ADAPTER_CONFIG)
 
 
 def _alpha_not_positive(subject: Subject) -> Iterator[Found]:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from loratools.operations.check.rule import Found, Rule
 from loratools.operations.check.serving import each_target
 from loratools.operations.check.subject import Subject
 from loratools.operations.check.targets import Target
 from loratools.operations.convert.experts.groups import types_of
+from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
-
-_SINGLE = re.compile(r"(?:.*\.)?experts\.\d+\.(?P<leaf>\w+)|.*\.(?:gate_up|down)_projs\.\d+")
-_OF_MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
-_NOT_CONVERTED = frozenset({"nemotron_h", "lfm2_moe", "gpt_oss", "llama4", "llama4_text"})
-"""Models whose single experts PEFT on transformers 5 loads without converting any; we ran it."""
+from loratools_formats.core.peft_on_load import lost_on_load
 
 
 def _types(subject: Subject, adapter: Adapter) -> frozenset[str]:
@@ -26,83 +21,19 @@ def _types(subject: Subject, adapter: Adapter) -> frozenset[str]:
 def _lost(subject: Subject) -> Iterator[Found]:
     """Yield what PEFT's own stacking of single experts leaves out on transformers 5."""
     adapter = subject.adapter
+    if adapter is not None and adapter.format == "peft":
+        for text, where in lost_on_load(adapter, _types(subject, adapter), subject.config):
+            yield Found(text, where)
+
+
+def _dropout(subject: Subject) -> Iterator[Found]:
+    adapter = subject.adapter
     if adapter is None or adapter.format != "peft":
         return
-    single = {name: match for name in adapter.modules if (match := _SINGLE.fullmatch(name))}
-    if not single:
-        return
-    first = next(iter(single))
-    leaves = {match["leaf"] or "" for match in single.values()}
-    types = sorted(_types(subject, adapter) & _NOT_CONVERTED)
-    if types:
-        yield Found(f"PEFT changes no expert of {types[0]} by adapters of single experts", first)
-        return
-    if leaves & {"", "gate_up_proj"}:
-        yield Found("PEFT loads joined gate_up of single experts in another layout", first)
-        return
-    projections = {_OF_MIXTRAL.get(leaf, leaf) for leaf in leaves}
-    if "up_proj" in projections and "gate_proj" not in projections:
-        yield Found("PEFT stacks gate and up together, and stops where gate is missing", first)
-    others = [
-        name
-        for name in adapter.modules
-        if name not in single and name.rpartition(".")[2] in leaves | projections
-    ]
-    if others:
-        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-        text = (
-            f"PEFT drops {others[0]}{more}: it takes the names of the experts' projections out of "
-            "target_modules when it stacks them"
-        )
-        yield Found(text, others[0])
-    yield from _rescaled(subject, adapter, single)
-
-
-def _rescaled(
-    subject: Subject, adapter: Adapter, single: Mapping[str, re.Match[str]]
-) -> Iterator[Found]:
-    """Yield what PEFT scales otherwise as it stacks single experts.
-
-    A stack has one rank and alpha. That of gate and up has twice the configuration's, which is
-    right but for rsLoRA. Patterns count that name a stack as its class does: none of gate and up,
-    and none of w1, w3 and w2.
-    """
-    by_stack: dict[tuple[str, str], set[tuple[int | None, float]]] = {}
-    joined: list[str] = []
-    unheard: set[str] = set()
-    for name, match in single.items():
-        change = adapter.modules[name]
-        if change.factors is None:
-            continue
-        leaf = _OF_MIXTRAL.get(match["leaf"] or "", match["leaf"] or "")
-        if leaf in ("gate_proj", "up_proj"):
-            joined.append(name)
-        if leaf in ("gate_proj", "up_proj") or leaf != match["leaf"]:
-            unheard.add(leaf)
-        owner = name.rpartition(".experts.")[0]
-        by_stack.setdefault((owner, leaf), set()).add((change.rank, change.factors.scale))
-    has_gate = any(leaf == "gate_proj" for _, leaf in by_stack)
-    if has_gate and subject.config.get("use_rslora"):
-        text = "PEFT makes gate and up of rsLoRA √2 times as strong when it stacks them"
-        yield Found(text, joined[0])
-        return
-    usual = _usual(subject.config) if has_gate else None
-    for (owner, leaf), found in by_stack.items():
-        if len(found) > 1 or (leaf in unheard and usual is not None and found != {usual}):
-            text = (
-                f"PEFT gives a stack of experts one rank and alpha, and {leaf} of {owner}.experts "
-                "has others by rank_pattern or alpha_pattern"
-            )
-            yield Found(text, f"{owner}.experts")
-            return
-
-
-def _usual(config: Mapping[str, Any]) -> tuple[int, float] | None:
-    """Return the rank and scale that a configuration gives modules of no pattern."""
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        return None
-    return rank, alpha / rank
+    for told in get_format("peft").writing_findings(adapter):
+        if told.code == "dropout-left-out":
+            text = "PEFT on transformers 5 does not load adapters of experts with lora_dropout"
+            yield Found(text, told.where)
 
 
 def _layout(subject: Subject, adapter: Adapter, target: Target) -> Iterator[Found]:
@@ -157,6 +88,15 @@ RULES = (
         "`loratools convert ADAPTER --base MODEL --experts stacked -o NEW`.",
         "`transformers_weight_conversion.py` of peft 0.21.2, run with transformers 5.23",
         _lost,
+    ),
+    Rule(
+        "LT414", "experts-dropout", "warning",
+        "An adapter of experts has a lora_dropout other than 0.",
+        "PEFT stops when it loads the adapter: stacked parameters bear no dropout, and on "
+        "transformers 5 it stacks single experts, too. Nothing but training uses the dropout.",
+        "Write it again, which sets it to 0: `loratools convert ADAPTER --to peft -o NEW`.",
+        "peft.tuners.lora.layer.ParamWrapper, 0.21.2, run with transformers 5.23",
+        _dropout, key="lora_dropout",
     ),
     Rule(
         "LT517", "target-experts", "error",

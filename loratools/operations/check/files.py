@@ -10,14 +10,14 @@ from typing import Any
 
 from loratools.operations.check.remedy import Remedy
 from loratools.operations.check.rule import Found, Rule
-from loratools.operations.check.subject import CONFIG_FILE, Subject
+from loratools.operations.check.subject import Subject
+from loratools_formats.core.file_names import ADAPTER_CONFIG, PICKLE_ENDINGS, PICKLED_PEFT_WEIGHTS
 from loratools_formats.disk.errors import LoratoolsError, printable
 from loratools_formats.disk.files import inside, read_small_file
 
 _CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".exe", ".sh", ".bat", ".ps1", ".js",
          ".jar", ".ipynb")  # fmt: skip
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill")
-_WEIGHTS = ("adapter_model.bin",)
+_PICKLES = (*PICKLE_ENDINGS, ".pkl", ".pickle", ".joblib", ".dill")
 _CODE_KEYS = ("auto_map", "auto_mapping", "custom_code", "parent_library", "trust_remote_code")
 _LIBRARIES = ("torch", "transformers", "diffusers", "sentence_transformers", "timm", "peft")
 _CODE_TEXT = re.compile(
@@ -44,7 +44,7 @@ def _is_executable(entry: os.DirEntry[str]) -> bool:
 
 def _pickles_beside(subject: Subject) -> Iterator[Found]:
     for entry in subject.entries:
-        if entry.name.lower().endswith(_PICKLES) and entry.name not in _WEIGHTS:
+        if entry.name.lower().endswith(_PICKLES) and entry.name != PICKLED_PEFT_WEIGHTS:
             yield Found(f"{entry.name} is a pickle, and no part of it", entry.name, entry.name)
 
 
@@ -63,12 +63,12 @@ def _code_in_config(subject: Subject) -> Iterator[Found]:
     for key in _CODE_KEYS:
         if config.get(key) and not _is_library(config[key]):
             shown = printable(config[key], 80)
-            yield Found(f"{key} names code to import: {shown}", key, CONFIG_FILE)
+            yield Found(f"{key} names code to import: {shown}", key, ADAPTER_CONFIG)
     for key, value in config.items():
         text = next((t for t in _texts(value) if _CODE_TEXT.search(t)), None)
         if text is not None:
             yield Found(
-                f"{key} holds what looks like code: {printable(text, 80)}", key, CONFIG_FILE
+                f"{key} holds what looks like code: {printable(text, 80)}", key, ADAPTER_CONFIG
             )
 
 

@@ -8,19 +8,16 @@ from collections import Counter
 from collections.abc import Iterator
 
 from loratools.naming.choice import NamedModules, chosen_tables
+from loratools.naming.kohya_unets import component, is_of_a_unet
 from loratools.naming.prefixes import all_names
 from loratools.operations.check.remedy import Remedy
 from loratools.operations.check.rule import Found
 from loratools.operations.check.subject import Subject
 from loratools.operations.check.targets import Target
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import LowRank
+from loratools_formats.core.single_file_keys import is_first_factor
 from loratools_formats.disk.errors import LoratoolsError
-
-_COMPONENT = re.compile(r"lora_[a-z0-9]+_")
-_OF_UNETS = re.compile(
-    r"lora_unet_((input|output|down|up)_blocks|mid(dle)?_block|conv_(in|out)|out_2|time_emb"
-    r"|label_emb|add_emb)"
-)
 
 
 def scales_by_commonest(adapter: Adapter, target: Target) -> dict[str, float]:
@@ -34,18 +31,18 @@ def scales_by_commonest(adapter: Adapter, target: Target) -> dict[str, float]:
         target: the program.
     """
     patterns = [re.compile(text) for text in target.kohya.commonest]
-    if not patterns or adapter.format != "kohya" or not _is_of_a_unet(adapter):
+    if not patterns or adapter.format != "kohya" or not is_of_a_unet(adapter.modules):
         return {}
     parts = {n: c.factors for n, c in adapter.modules.items() if c.factors is not None}
     alphas: dict[str, Counter[float]] = {}
     for name, part in parts.items():
-        if part.alpha_tensor is not None:
-            counts = alphas.setdefault(_component(name), Counter())
+        if _states_alpha(name, part):
+            counts = alphas.setdefault(component(name), Counter())
             counts[round(part.scale * part.rank, 9)] += 1
     taken = {}
     for name, part in parts.items():
-        found = alphas.get(_component(name))
-        passed_over = part.alpha_tensor is None or any(p.fullmatch(name) for p in patterns)
+        found = alphas.get(component(name))
+        passed_over = not _states_alpha(name, part) or any(p.fullmatch(name) for p in patterns)
         if found and passed_over:
             scale = found.most_common(1)[0][0] / part.rank
             if not math.isclose(scale, part.scale, rel_tol=1e-6):
@@ -53,14 +50,34 @@ def scales_by_commonest(adapter: Adapter, target: Target) -> dict[str, float]:
     return taken
 
 
-def _component(name: str) -> str:
-    found = _COMPONENT.match(name)
-    return "" if found is None else found[0]
+def _states_alpha(name: str, part: LowRank) -> bool:
+    """Return whether a kohya file has an alpha of a module, or will have one when it is written."""
+    new = not is_first_factor(part.a.key, name)
+    return part.alpha_tensor is not None or part.scale != 1.0 or new
 
 
-def _is_of_a_unet(adapter: Adapter) -> bool:
-    denoiser = [name for name in adapter.modules if name.startswith("lora_unet_")]
-    return all(_OF_UNETS.match(name) for name in denoiser)
+def about_alphas(adapter: Adapter, target: Target) -> Found | None:
+    """Return the finding that a program gives modules the alphas of others; None if it does not.
+
+    Args:
+        adapter: read, or to be written.
+        target: the program.
+    """
+    taken = scales_by_commonest(adapter, target)
+    if not taken:
+        return None
+    parts = {n: c.factors for n, c in adapter.modules.items() if c.factors is not None}
+    first = next(iter(taken))
+    text = (
+        f"{target.label} ignores the alphas of {len(taken)} of {len(parts)} modules and takes "
+        f"the one that most have: {first} is multiplied by {taken[first]:g} instead of "
+        f"{parts[first].scale:g}"
+    )
+    own = target.scales == "own"
+    highest = max(part.rank for part in parts.values())
+    remedy = Remedy("format", "diffusers") if own else Remedy("uniform", highest)
+    hint = f"Without loss: {remedy.command(adapter)}"
+    return Found(text, first, hint=hint, remedy=remedy, target=target.name)
 
 
 def lost_modules(_: Subject, adapter: Adapter, target: Target) -> Iterator[Found]:

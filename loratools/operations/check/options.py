@@ -24,7 +24,7 @@ class CheckOptions:
         target: check for this serving program: vllm, llamacpp, mlx, diffusers and others.
         headers_only: read no tensor; leaves out LT107 and the rules LT3.
         baseline: accept the findings that this file lists.
-        fail_on: exit with 1 for findings of this severity or worse; warning by default.
+        fail_on: fail (exit code 1) for findings of this severity or worse; warning by default.
 
     Raises:
         OptionError: no such rule or target.

@@ -14,10 +14,11 @@ from loratools.operations.check.options import CheckOptions
 from loratools.operations.check.remedy import Remedy
 from loratools.operations.check.rule import Found, Group, Rule
 from loratools.operations.check.rules import OF_READERS, RULES, UNREADABLE
-from loratools.operations.check.subject import CONFIG_FILE, Subject, subject_of
+from loratools.operations.check.subject import Subject, subject_of
 from loratools.work.json_object import hidden
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.file_names import ADAPTER_CONFIG
 from loratools_formats.core.findings import Finding, Severity
 from loratools_formats.disk.distant import is_there
 from loratools_formats.disk.errors import AdapterError, LoratoolsError
@@ -277,7 +278,7 @@ def _place(subject: Subject, rule: Rule, found: Found) -> tuple[str | None, int 
     file = found.file
     keys = [key for key in (rule.key, found.where) if key]
     if file is None and subject.is_peft and any(key in subject.config for key in keys):
-        file = CONFIG_FILE
+        file = ADAPTER_CONFIG
     if file is None or subject.folder is None:
         return file, None
     return file, line_of(subject.folder, file, keys, found.message)

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from loratools.operations.check.rule import Found, Rule
-from loratools.operations.check.subject import CARD_FILE, CONFIG_FILE, Card, Subject, card_of
+from loratools.operations.check.subject import CARD_FILE, Card, Subject, card_of
 from loratools_formats.checkpoints.facts import is_embedding
+from loratools_formats.core.file_names import ADAPTER_CONFIG
 from loratools_formats.disk.errors import LoratoolsError
 from loratools_formats.disk.files import inside, read_small_file
 
@@ -69,7 +70,7 @@ def _base_differs(subject: Subject) -> Iterator[Found]:
     recorded = subject.config.get("base_model_name_or_path")
     named = _listed(card.values.get("base_model")) if card is not None else []
     if isinstance(recorded, str) and recorded and named and recorded not in named:
-        text = f"README.md names the base {named[0]}, and {CONFIG_FILE} {recorded}"
+        text = f"README.md names the base {named[0]}, and {ADAPTER_CONFIG} {recorded}"
         yield Found(text, "base_model", CARD_FILE)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +19,7 @@ from loratools.operations.check.outcome import (
     Unchecked,
 )
 from loratools.work.parallel import in_order
+from loratools.work.requests import Progress
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.distant import has_distant
@@ -45,7 +46,7 @@ def check(
     accepted: frozenset[str] = frozenset(),
     named: Mapping[Path, str] = MappingProxyType({}),
     workers: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> CheckRun:
     """Check adapters.
 

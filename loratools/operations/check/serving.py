@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 
-from loratools.operations.check.kohya_names import scales_by_commonest
+from loratools.operations.check.kohya_names import about_alphas
 from loratools.operations.check.remedy import Remedy
 from loratools.operations.check.rule import Found, Rule
-from loratools.operations.check.subject import CONFIG_FILE, Subject
+from loratools.operations.check.subject import Subject
 from loratools.operations.check.targets import Support, Target
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import ModuleChange
+from loratools_formats.core.factors import scale_of
+from loratools_formats.core.file_names import ADAPTER_CONFIG
 
 OfTarget = Callable[[Subject, Adapter, Target], Iterator[Found]]
 WORDS: dict[Support, str] = {
@@ -116,9 +118,9 @@ def _scale(subject: Subject, adapter: Adapter, target: Target) -> Iterator[Found
     scales = {name: part.scale for name, part in parts.items()}
     if not scales:
         return
-    lost = scales_by_commonest(adapter, target)
-    if lost:
-        yield _of_alphas(adapter, target, scales, lost)
+    of_others = about_alphas(adapter, target)
+    if of_others is not None:
+        yield of_others
         return
     if target.scales in ("own", "unknown"):
         return
@@ -136,24 +138,8 @@ def _scale(subject: Subject, adapter: Adapter, target: Target) -> Iterator[Found
             f"{target.label} multiplies {first} by {taken[first]:g} instead of {scales[first]:g}, "
             f"and takes another scale than PEFT for {len(wrong)} of {len(scales)} modules"
         )
-        file = CONFIG_FILE if adapter.format == "peft" else None
+        file = ADAPTER_CONFIG if adapter.format == "peft" else None
         yield Found(text, first, file, remedy=_uniform(adapter), target=target.name)
-
-
-def _of_alphas(
-    adapter: Adapter, target: Target, scales: Mapping[str, float], taken: Mapping[str, float]
-) -> Found:
-    """Return the finding that a program gives modules the alpha of others."""
-    first = next(iter(taken))
-    text = (
-        f"{target.label} ignores the alphas of {len(taken)} of {len(scales)} modules and takes "
-        f"the one that most have: {first} is multiplied by {taken[first]:g} instead of "
-        f"{scales[first]:g}"
-    )
-    own = target.scales == "own"
-    remedy = Remedy("format", "diffusers") if own else _uniform(adapter)
-    hint = f"Without loss: {remedy.command(adapter)}"
-    return Found(text, first, hint=hint, remedy=remedy, target=target.name)
 
 
 def _taken_scales(subject: Subject, ranks: Mapping[str, int], target: Target) -> dict[str, float]:
@@ -171,7 +157,7 @@ def _taken_scales(subject: Subject, ranks: Mapping[str, int], target: Target) ->
         return {}
     root = bool(config.get("use_rslora")) and target.rslora == "yes"
     divisors = {name: ranks[name] if target.scales == "alpha" else r for name in ranks}
-    return {name: alpha / (math.sqrt(n) if root else n) for name, n in divisors.items()}
+    return {name: scale_of(alpha, n, is_rooted=root) for name, n in divisors.items()}
 
 
 def _states_scales(adapter: Adapter) -> bool:

@@ -9,9 +9,10 @@ from loratools.operations.check.kohya_names import lost_modules
 from loratools.operations.check.remedy import Remedy
 from loratools.operations.check.rule import Found, Rule
 from loratools.operations.check.serving import FUSE, WORDS, each_target, unusable
-from loratools.operations.check.subject import CONFIG_FILE, Subject
+from loratools.operations.check.subject import Subject
 from loratools.operations.check.targets import Target
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.file_names import ADAPTER_CONFIG
 from loratools_formats.disk.errors import printable
 from loratools_formats.disk.files import inside
 from loratools_formats.disk.strict_json import read_object
@@ -33,12 +34,12 @@ def _settings(subject: Subject, _: Adapter, target: Target) -> Iterator[Found]:
         if value and not taken:
             text = f"{target.label} refuses {key} = {printable(value, 60)}"
             remedy = Remedy("plain") if key in _FOLDED else None
-            yield Found(text, key, CONFIG_FILE, remedy=remedy, target=target.name)
+            yield Found(text, key, ADAPTER_CONFIG, remedy=remedy, target=target.name)
     for key in target.ignored_settings:
         if subject.config.get(key):
             text = f"{target.label} ignores {key}, so the adapter makes another change there"
             remedy = Remedy("plain") if key in _FOLDED else None
-            yield Found(text, key, CONFIG_FILE, remedy=remedy, target=target.name)
+            yield Found(text, key, ADAPTER_CONFIG, remedy=remedy, target=target.name)
 
 
 def _gaps(_: Subject, adapter: Adapter, target: Target) -> Iterator[Found]:

@@ -14,6 +14,12 @@ from loratools.operations.check.targets import Target
 from loratools_formats.containers.safetensors_read import read_safetensors
 from loratools_formats.contract.files import read_adapter
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.file_names import (
+    ADAPTER_CONFIG,
+    MLX_WEIGHTS,
+    PEFT_WEIGHTS,
+    WEIGHTS_OF_ADAPTERS,
+)
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.distant import is_there
@@ -26,8 +32,6 @@ from loratools_formats.disk.strict_yaml import loads as load_yaml
 if TYPE_CHECKING:
     from loratools.operations.check.numbers import ModuleNumbers
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_CARD_BYTES = 1 << 20
@@ -75,8 +79,7 @@ class Subject:
             return None
         if self.path.is_dir():
             return self.path
-        named = self.path.name in (WEIGHTS_FILE, "adapter_model.bin", "adapters.safetensors")
-        return self.path.parent if named else None
+        return self.path.parent if self.path.name in WEIGHTS_OF_ADAPTERS else None
 
     @functools.cached_property
     def entries(self) -> tuple[os.DirEntry[str], ...]:
@@ -92,17 +95,17 @@ class Subject:
         if self.adapter is not None:
             return self.adapter.format == "peft"
         names = {entry.name for entry in self.entries}
-        return CONFIG_FILE in names and "adapters.safetensors" not in names
+        return ADAPTER_CONFIG in names and MLX_WEIGHTS not in names
 
     @functools.cached_property
     def config(self) -> Mapping[str, Any]:
         """The configuration; of an adapter that was refused as far as it is sound JSON."""
         if self.adapter is not None:
             return self.adapter.config
-        if self.folder is None or not (self.folder / CONFIG_FILE).is_file():
+        if self.folder is None or not (self.folder / ADAPTER_CONFIG).is_file():
             return {}
         try:
-            return read_object(inside(self.folder, CONFIG_FILE), _MAX_CONFIG_BYTES)
+            return read_object(inside(self.folder, ADAPTER_CONFIG), _MAX_CONFIG_BYTES)
         except LoratoolsError:  # then this, or worse, is why the reader refused the adapter
             return {}
 
@@ -114,10 +117,10 @@ class Subject:
         """
         if self.adapter is not None:
             return {tensor.key: tensor for tensor in self.adapter.tensors()}
-        if self.folder is None or not is_there(self.folder / WEIGHTS_FILE):
+        if self.folder is None or not is_there(self.folder / PEFT_WEIGHTS):
             return None
         try:
-            return read_safetensors(inside(self.folder, WEIGHTS_FILE)).tensors
+            return read_safetensors(inside(self.folder, PEFT_WEIGHTS)).tensors
         except LoratoolsError:  # then this is why the reader refused the adapter
             return None
 

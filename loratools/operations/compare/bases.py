@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from loratools.algebra.thin import Thin
-from loratools.folding.base_layout import in_base_layout
+from loratools.folding.expert_sides import straight_beside
 from loratools.folding.thin_modules import ThinModules
 from loratools.folding.weights_beside import WeightsBeside
 from loratools.operations.compare.result import BasesModule, BasesResult
@@ -43,7 +43,7 @@ def compare_bases(
         AdapterError: no module fits both bases.
         UnsupportedError: a change is not known.
     """
-    opener = ThinModules(in_base_layout(adapter, base), base, "compare")
+    opener = ThinModules(straight_beside(adapter, base), base, "compare")
     before, after = WeightsBeside(opener.adapter, base), WeightsBeside(opener.adapter, other)
     names = [name for name in opener.modules if name in (selection or Selection())]
 

@@ -136,13 +136,15 @@ def in_common_names(adapter: Adapter) -> Adapter:
     """Return an adapter under names to which its other spellings lead as well.
 
     Single files whose modules a table has get diffusers' names, without the denoiser's component;
-    other adapters those of the model, without leading parts that wrappers add. No base is asked.
+    other adapters those of the model, without leading parts that wrappers add. A of stacked experts
+    is on the inputs. No base is asked.
 
     Raises:
         LoratoolsError: no way leads there.
     """
     if get_format(adapter.format).naming is None:
-        return loosely_named(adapter if adapter.format == "peft" else in_model_names(adapter, None))
+        own = straightened(adapter) if adapter.format == "peft" else in_model_names(adapter, None)
+        return loosely_named(own)
     try:
         named = renamed(adapter, "diffusers").adapter
     except UnsupportedError:

@@ -8,7 +8,7 @@ detail: spaces, angles, signs, and what merging them would lose.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,7 @@ from loratools.operations.compare.result import CompareResult, PairModule, Unmat
 from loratools.operations.compare.starts import FLOOR, FLOOR_IN_SINGLE, Starts, starts, unknown
 from loratools.work.declared import option
 from loratools.work.parallel import in_order
+from loratools.work.requests import Progress
 from loratools.work.seeds import seed_of_64_bits
 from loratools.work.selection import Selection
 from loratools.work.typed import check_options
@@ -102,7 +103,7 @@ def compare(
     options: CompareOptions | None = None,
     selection: Selection | None = None,
     workers: int = 2,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> CompareResult:
     """Compare adapters where their modules match.
 

@@ -65,12 +65,20 @@ _ROUTERS = {
 """By model type, what mlx-lm calls the router, where that differs from the class's name."""
 _OF_NEMOTRON = {"up_proj": "fc1", "down_proj": "fc2"}
 _EXPERTS = re.compile(r"(?:^|\.)(?:switch_mlp|experts)(?:\.|$)")
+_SINGLE_EXPERT = re.compile(r"(?:^|\.)experts\.\d+\.")
 _BODIES = {
     "gpt2": (("transformer.", "model."),),
     "gptj": (("transformer.", "model."),),
     "gpt_neox": (("gpt_neox.layers.", "model.h."), ("embed_out", "model.embed_out")),
 }
 """By model type, how names begin in transformers and in mlx-lm, where they differ."""
+_OF_SEVERAL = ("language_model.model.", "language_model.")
+_OF_SOME = {
+    "gemma3n": ("model.language_model.", ""),
+    "muse_glimmer": ("model.", ""),
+    "muse_spark": ("model.language_model.", ""),
+}
+"""By the type of a model of several parts, where mlx-lm has the language model and its head."""
 _NOT_IN_MLX = {
     **dict.fromkeys(
         (
@@ -162,19 +170,29 @@ def with_flat_experts(adapter: Adapter, base: Path | None) -> Adapter:
     return in_class_names([adapter], read_checkpoint(base))[0]
 
 
-def _refuse_names(adapter: Adapter, target: str) -> None:
+def named_otherwise(adapter: Adapter) -> tuple[str, str] | None:
+    """Return a module that PEFT and mlx-lm name differently, and what it is; None without one."""
     for module, change in adapter.modules.items():
-        experts = change.layer.kind == "experts" or _EXPERTS.search(module) is not None
-        body = _OTHER_BODY.match(module) is not None
-        if experts or body or _SEVERAL_PARTS.match(module):
-            what = "experts" if experts else "the body" if body else "the parts of a model"
-            raise UnsupportedError(
-                f"PEFT and mlx-lm name {what} differently",
-                path=adapter.source,
-                tensor=module,
-                hint="Give the base, which tells the names: "
-                + command_on(adapter, "convert", f"--to {target} --base BASE", output="converted"),
-            )
+        if change.layer.kind == "experts" or _EXPERTS.search(module) is not None:
+            return module, "experts"
+        if _OTHER_BODY.match(module) is not None:
+            return module, "the body"
+        if _SEVERAL_PARTS.match(module):
+            return module, "the parts of a model"
+    return None
+
+
+def _refuse_names(adapter: Adapter, target: str) -> None:
+    found = named_otherwise(adapter)
+    if found is not None:
+        module, what = found
+        raise UnsupportedError(
+            f"PEFT and mlx-lm name {what} differently",
+            path=adapter.source,
+            tensor=module,
+            hint="Give the base, which tells the names: "
+            + command_on(adapter, "convert", f"--to {target} --base BASE", output="converted"),
+        )
 
 
 def _with_bodies(adapter: Adapter, base: Checkpoint, *, to_mlx: bool) -> Adapter:
@@ -227,7 +245,7 @@ def _for_mlx(adapter: Adapter, base: Checkpoint) -> Adapter:
     for module, given in adapter.modules.items():
         name, change = _of_nemotron(module, given) if is_nemotron else (module, given)
         for path, made in _apart(name, change, base, adapter):
-            called = _prefixed(path) if several else path
+            called = _prefixed(path, base.config.get("model_type")) if several else path
             modules[called] = _in_stack_of(called, made) if called != path else made
     return replace(adapter, modules={name: modules[name] for name in sorted(modules)})
 
@@ -263,15 +281,18 @@ def _of_nemotron(name: str, change: ModuleChange) -> tuple[str, ModuleChange]:
     return called, change.with_direction(replace(change.direction, layer=layer))
 
 
-def _prefixed(name: str) -> str:
+def _prefixed(name: str, model_type: object) -> str:
     """Return the name of a module of the language model of several parts.
 
-    >>> _prefixed("model.language_model.layers.0.mlp.up_proj")
+    >>> _prefixed("model.language_model.layers.0.mlp.up_proj", "qwen3_vl")
     'language_model.model.layers.0.mlp.up_proj'
     """
-    if name.startswith("model.language_model."):
-        return "language_model.model." + name.removeprefix("model.language_model.")
-    return f"language_model.{name}" if name.startswith(("lm_head", "model.layers.")) else name
+    known = _OF_SOME.get(model_type) if isinstance(model_type, str) else None
+    body, above = known or _OF_SEVERAL
+    for prefix in ("model.language_model.", "model.layers."):
+        if name.startswith(prefix):
+            return body + name.removeprefix(prefix.removesuffix("layers."))
+    return f"{above}{name}" if name.startswith("lm_head") else name
 
 
 def _apart(
@@ -290,6 +311,8 @@ def _apart(
             for single, factors in singles_of(flat[0][0], part, experts):
                 yield single, change.with_direction(factors)
             return
+        if _SINGLE_EXPERT.search(name) and "dbrx" not in model_types(base.config):
+            raise _without_stack(name, base, adapter)
         if any(not parameter.endswith(".weight") for parameter in change.layer.parameters):
             raise UnsupportedError(
                 "mlx-lm has no such parameter: it keeps these experts as linear layers",
@@ -303,22 +326,7 @@ def _apart(
     match = _STACK.fullmatch(parameter)
     types = sorted(model_types(base.config) & _SWITCH.keys())
     if match is None or not types:
-        unknown = _unknown_to_mlx(base)
-        if unknown is not None:
-            raise UnsupportedError(
-                f"mlx-lm {mlx_models.RELEASE} has no model of this type",
-                path=adapter.source,
-                tensor=parameter,
-                got=f"model type {unknown}",
-                hint=_FUSE_INSTEAD,
-            )
-        raise UnsupportedError(
-            "mlx-lm's name for these experts is not known",
-            path=adapter.source,
-            tensor=parameter,
-            got=f"model type {base.config.get('model_type')}",
-            expected=", ".join(sorted(_SWITCH)),
-        )
+        raise _without_stack(parameter, base, adapter)
     path = f"{match['layer']}.{_SWITCH[types[0]]}"
     b = change.require_factors().b
     if match["leaf"] != "gate_up_proj":
@@ -327,6 +335,27 @@ def _apart(
         return
     for index, leaf in enumerate(("gate_proj", "up_proj")):
         yield f"{path}.{leaf}", _named(change, f"{path}.{leaf}", _half(b, index, types[0]))
+
+
+def _without_stack(name: str, base: Checkpoint, adapter: Adapter) -> UnsupportedError:
+    """Return why experts have no place in mlx-lm's model of a base."""
+    unknown = _unknown_to_mlx(base)
+    if unknown is not None:
+        return UnsupportedError(
+            f"mlx-lm {mlx_models.RELEASE} has no model of this type",
+            path=adapter.source,
+            tensor=name,
+            got=f"model type {unknown}",
+            hint=_FUSE_INSTEAD,
+        )
+    return UnsupportedError(
+        "mlx-lm's name for these experts is not known",
+        path=adapter.source,
+        tensor=name,
+        got=f"model type {base.config.get('model_type')}",
+        expected=", ".join(sorted(_SWITCH)),
+        hint=_FUSE_INSTEAD,
+    )
 
 
 def _router(name: str, base: Checkpoint) -> str:

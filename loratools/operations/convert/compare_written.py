@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +10,14 @@ import numpy as np
 
 from loratools.algebra import linalg, residuals
 from loratools.lowrank.matrices import loaded
+from loratools.operations.reported import ratio
 from loratools.work.parallel import in_order, usable_cores
+from loratools.work.requests import Progress
 from loratools_formats.contract.files import read_adapter
 from loratools_formats.core.adapter import Adapter
-from loratools_formats.core.change import ModuleChange
+from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.dtypes import Array, is_power_of_two
-from loratools_formats.core.tensors import TensorRef
+from loratools_formats.core.tensors import TensorRef, in_memory
 from loratools_formats.disk.errors import AdapterError, OutputError
 
 
@@ -58,7 +59,7 @@ def compared(
     source: Adapter,
     *,
     workers: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> ConversionCheck:
     """Read a written output and compare everything in it with what was intended.
 
@@ -90,7 +91,7 @@ def compared(
         if progress is not None:
             progress(len(found), len(names))
     modules = [
-        ModuleError(name, written.modules[name].rank, _ratio(*squares))
+        ModuleError(name, written.modules[name].rank, ratio(*squares))
         for name, squares in zip(names, found, strict=True)
     ]
     pairs = [
@@ -100,10 +101,10 @@ def compared(
     pairs += [
         (each.tensor, written.replacements[key].tensor) for key, each in exact.replacements.items()
     ]
-    others = [_ratio(*_difference(mine, theirs, source)) for mine, theirs in pairs]
+    others = [ratio(*_difference(mine, theirs, source)) for mine, theirs in pairs]
     return ConversionCheck(
         modules=tuple(modules),
-        relative_error=_ratio(sum(e for e, _ in found), sum(n for _, n in found)),
+        relative_error=ratio(sum(e for e, _ in found), sum(n for _, n in found)),
         other_error=max(others, default=0.0),
     )
 
@@ -135,9 +136,16 @@ def _beside_factors(delta: ModuleChange) -> dict[str, TensorRef]:
     named = {
         **({} if other is None else other.parts),
         "magnitude": delta.magnitude,
-        "bias": delta.direction.bias,
+        "bias": delta.direction.bias if delta.factors is None else _scaled_bias(delta.factors),
     }
     return {part: tensor for part, tensor in named.items() if tensor is not None}
+
+
+def _scaled_bias(part: LowRank) -> TensorRef | None:
+    """Return what is added to the layer's bias: scale · bias in float64."""
+    if part.bias is None:
+        return None
+    return in_memory(part.bias.key, part.bias.load(np.float64) * part.scale, "F64")
 
 
 @np.errstate(over="ignore", invalid="ignore")
@@ -213,7 +221,3 @@ def _difference(mine: TensorRef, theirs: TensorRef, source: Adapter) -> tuple[fl
     if not math.isfinite(norm):
         raise _not_finite(source)
     return error, norm
-
-
-def _ratio(squared: float, squared_whole: float) -> float:
-    return math.sqrt(squared / squared_whole) if squared_whole else math.sqrt(squared)

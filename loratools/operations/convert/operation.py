@@ -9,7 +9,7 @@ the error reported is that of the file, not of a plan.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,10 +23,11 @@ from loratools.naming.tables import find_table
 from loratools.operations.convert.class_names import in_target_names, uses_names, with_flat_experts
 from loratools.operations.convert.compare_written import ConversionCheck, compared
 from loratools.operations.convert.experts.in_layout import in_layout
-from loratools.operations.convert.experts.layouts import Wanted
+from loratools.operations.convert.experts.layouts import Wanted, stated
 from loratools.operations.convert.options import SingleFileOptions
 from loratools.operations.reported import adapter_report
 from loratools.work.provenance import operation_record, record_metadata
+from loratools.work.requests import Progress
 from loratools_formats.contract.files import write_adapter
 from loratools_formats.contract.format import Context, Format, Loss
 from loratools_formats.contract.registry import get_format
@@ -135,7 +136,11 @@ def prepare(
     _refuse_nothing(model, adapter, target, losses)
     if single.strip_training_metadata:
         model = replace(model, metadata=without_training_data(model.metadata))
-    exact, made = _translated(model, named, target, context, single)
+    exact, made = (
+        # The configuration of others was there from the beginning.
+        one if one.format == adapter.format else stated(one, wanted)
+        for one in _translated(model, named, target, context, single)
+    )
     _refuse_other_form(made, adapter, target)
     options: dict[str, Any] = {"to": target.name, **single.record()}
     options |= {} if names_of is None else {"names_of": names_of}
@@ -298,7 +303,7 @@ def write(
     *,
     overwrite: bool = False,
     max_error: float | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> ConversionCheck:
     """Write the output, read it again, and let it appear if it holds what was intended.
 

@@ -10,7 +10,7 @@ Modules are named as the base's class names them in memory, which is where PEFT 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -23,6 +23,7 @@ from loratools.operations.to_lora import ToLoraChoices, ToLoraResult, to_lora, t
 from loratools.work.declared import option
 from loratools.work.parallel import in_order, usable_cores
 from loratools.work.provenance import operation_record
+from loratools.work.requests import Progress
 from loratools.work.selection import Selection
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter
@@ -171,7 +172,7 @@ def extract(
     *,
     to: str | None = None,
     scratch_folder: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> ToLoraResult:
     """Return the LoRA between two checkpoints.
 

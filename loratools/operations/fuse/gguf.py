@@ -28,11 +28,12 @@ from loratools.operations.fuse.operation import refuse_nothing
 from loratools.operations.fuse.plan import TensorPlan
 from loratools.operations.fuse.result import FusePreview, FuseResult
 from loratools.operations.fuse.tensor import (
+    SquaresOfProducts,
     TensorReport,
+    are_products,
     fuse_tensor,
     not_finite,
     squared_norm,
-    squared_of_products,
 )
 from loratools.operations.fuse.terms import View, WeightedChange, load_terms, stacked
 from loratools.operations.reported import report
@@ -40,6 +41,7 @@ from loratools.work.call import kept
 from loratools.work.declared import option
 from loratools.work.parallel import in_order
 from loratools.work.provenance import operation_record, weight_files
+from loratools.work.requests import Progress
 from loratools.work.spellings import dtype as dtype_name
 from loratools_formats.checkpoints.shards import check_space
 from loratools_formats.containers.gguf.container import GgufTensor
@@ -150,7 +152,7 @@ class GgufFusion:
         output: str | os.PathLike[str],
         *,
         overwrite: bool = False,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> FuseResult:
         """Write the fused model, whole or not at all, and say what it did.
 
@@ -238,9 +240,7 @@ class GgufFusion:
             others=parts,
         )
 
-    def _fill(
-        self, path: Path, progress: Callable[[int, int], None] | None
-    ) -> tuple[TensorReport, ...]:
+    def _fill(self, path: Path, progress: Progress | None) -> tuple[TensorReport, ...]:
         device = Device(self.options.device)
         out = create(path)
         reports, done = [], 0
@@ -294,8 +294,8 @@ def quantised(
     """
     view = View.of(plan.source.shape, stacked=stacked(plan.changes))
     terms = load_terms(plan.changes, view)
-    known = squared_of_products(terms)
-    base, delta, lost, gained = 0.0, known or 0.0, 0.0, 0.0
+    squares = SquaresOfProducts(terms, view) if are_products(terms) else None
+    base, delta, lost, gained = 0.0, 0.0, 0.0, 0.0
     single = single_for_quantised(view, terms)
     blocks = fused_blocks(plan.source, view, terms, plan.patches, single=single, device=device)
     for block in blocks:
@@ -304,8 +304,7 @@ def quantised(
         store(block.start, stored)
         base += squared_norm(w)
         change = np.subtract(total, w, out=w)
-        if known is None:
-            delta += squared_norm(change)
+        delta += squared_norm(change) if squares is None else squares.of(block)
         error = np.subtract(decode(stored.data, kind, total.shape), total, out=total)
         lost += squared_norm(error)
         gained += float(np.dot(error, change))

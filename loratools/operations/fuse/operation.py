@@ -11,7 +11,7 @@ import functools
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from loratools.operations.reported import report
 from loratools.work.call import kept
 from loratools.work.parallel import one_blas_thread
 from loratools.work.provenance import operation_record, record_metadata
+from loratools.work.requests import Progress
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.checkpoint_write import (
     NewCheckpoint,
@@ -259,7 +260,7 @@ class Fusion:
         output: str | os.PathLike[str],
         *,
         overwrite: bool = False,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
         ready: Path | None = None,
     ) -> FuseResult:
         """Write the fused checkpoint, whole or not at all, and say what it did.

@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from loratools.operations.fuse.result import FuseResult
 from loratools.operations.fuse.tensor import TensorReport
 from loratools.work.declared import option
 from loratools.work.parallel import one_blas_thread
+from loratools.work.requests import Progress
 from loratools.work.shard import Shard, shard
 from loratools_formats.checkpoints.shards import write_shards
 from loratools_formats.disk.errors import OutputError, OutputExistsError
@@ -66,9 +66,7 @@ class Parts:
         home = Path(os.path.realpath(output))
         self.folder = home.parent / f".{home.name}.{key[:16]}.parts"
 
-    def write(
-        self, part: Shard, workers: int, progress: Callable[[int, int], None] | None
-    ) -> list[str]:
+    def write(self, part: Shard, workers: int, progress: Progress | None) -> list[str]:
         """Write the weight files of a part that are not there, and return their names.
 
         Raises:

@@ -8,7 +8,7 @@ that no adapter changes, and everything else, are copied as they are. The folder
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from loratools.operations.fuse.result import FusePreview, FuseResult
 from loratools.operations.reported import report
 from loratools.work.call import kept
 from loratools.work.provenance import operation_record
+from loratools.work.requests import Progress
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
 from loratools_formats.checkpoints.checkpoint_write import shard_digest
 from loratools_formats.checkpoints.pipelines import component_folders
@@ -118,7 +119,7 @@ class PipelineFusion:
         output: str | os.PathLike[str],
         *,
         overwrite: bool = False,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> FuseResult:
         """Write the fused pipeline, whole or not at all, and say what it did.
 
@@ -183,9 +184,7 @@ class PipelineFusion:
         )
 
 
-def _after(
-    progress: Callable[[int, int], None] | None, before: int, total: int
-) -> Callable[[int, int], None] | None:
+def _after(progress: Progress | None, before: int, total: int) -> Progress | None:
     """Return what counts one component's bytes as a part of all."""
     return None if progress is None else lambda count, _: progress(before + count, total)
 

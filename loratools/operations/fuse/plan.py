@@ -36,12 +36,11 @@ from loratools_formats.checkpoints.facts import (
     with_text_values,
 )
 from loratools_formats.core.adapter import Adapter
-from loratools_formats.core.dtypes import DTYPES, Array, DType
+from loratools_formats.core.dtypes import DTYPES, FLOATING, Array, DType
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError
 
-FLOATING = ("F64", "F32", "F16", "BF16")
 ADDABLE = (*FLOATING, *FP8_TYPES)
 _SINGLE = re.compile(r"\.experts\.(?:\d+\.|gate_up_projs\.)")
 

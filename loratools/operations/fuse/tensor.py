@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from loratools.algebra import linalg
 from loratools.algebra.device import Device
-from loratools.operations.fuse.blocks import BUFFERS, fused_blocks, single_precision
+from loratools.operations.fuse.blocks import BUFFERS, Block, fused_blocks, single_precision
 from loratools.operations.fuse.plan import TensorPlan
 from loratools.operations.fuse.terms import RowsTerm, Term, View, load_terms, stacked
 from loratools_formats.core.dtypes import Array, round_into
@@ -79,8 +79,8 @@ def fuse_tensor(
     terms = load_terms(plan.changes, view)
     dtype = plan.dtype.numpy_dtype()
     single = single_precision(view, terms, plan.dtype.code, base_code=plan.source.dtype.code)
-    known = None if plan.replaces else squared_of_products(terms)
-    base, delta, rounding, gained = 0.0, known or 0.0, 0.0, 0.0
+    squares = None if plan.replaces or not are_products(terms) else SquaresOfProducts(terms, view)
+    base, delta, rounding, gained = 0.0, 0.0, 0.0, 0.0
     blocks = fused_blocks(plan.source, view, terms, plan.patches, single=single, device=device)
     for block in blocks:
         w, total = block.base.reshape(-1), block.total.reshape(-1)
@@ -89,14 +89,18 @@ def fuse_tensor(
         store(block.start, stored)
         old = plan.old_values(block.start, w)
         base += squared_norm(old)
-        change = np.subtract(total, old, out=BUFFERS.array("change", total.shape, total.dtype))
-        if known is None:
-            delta += squared_norm(change)
-        round_into(stored, w)
-        error = squared_norm(np.subtract(w, total, out=w))
+        lost = BUFFERS.array("lost", total.shape, total.dtype)
+        round_into(stored, lost)
+        error = squared_norm(np.subtract(lost, total, out=lost))
         rounding += error
-        if error > _SHOWS * squared_norm(change):
-            gained += inner_product(w, change)
+        squared = None if squares is None else squares.of(block)
+        if squared is None or error > _SHOWS * squared:
+            change = np.subtract(total, old, out=w)
+            if squared is None:
+                squared = squared_norm(change)
+            if error > _SHOWS * squared:
+                gained += inner_product(lost, change)
+        delta += squared
     if not math.isfinite(rounding + base + delta):
         raise not_finite(plan, plan.dtype.code)
     return TensorReport(
@@ -124,15 +128,36 @@ def squared_norm(values: Array) -> float:
     return float(np.dot(wide, wide))
 
 
-def squared_of_products(terms: list[list[Term | RowsTerm]]) -> float | None:
-    """Return ‖ΔW‖² from the factors; None if the terms are no products, or lie over each other."""
-    found = [term for plane in terms for term in plane]
-    products = [term for term in found if isinstance(term, Term) and term.is_product]
-    if len(products) < len(found) or any(len(plane) > 1 for plane in terms):
-        return None
-    return sum(
-        term.weight**2 * linalg.grams(term.left, term.right).squared_norm for term in products
+def are_products(terms: Sequence[Sequence[Term | RowsTerm]]) -> bool:
+    """Return whether all terms are products, and none lies over another."""
+    return all(
+        len(plane) <= 1 and all(isinstance(t, Term) and t.is_product for t in plane)
+        for plane in terms
     )
+
+
+class SquaresOfProducts:
+    """‖ΔW‖² of blocks of a tensor, from the factors of products of which none lies over another."""
+
+    def __init__(self, terms: Sequence[Sequence[Term | RowsTerm]], view: View) -> None:
+        self._terms = [next((t for t in plane if isinstance(t, Term)), None) for plane in terms]
+        self._view = view
+        self._plane, self._right = -1, np.zeros((0, 0))
+
+    def of(self, block: Block) -> float:
+        """Return ‖ΔW‖² of a block, best asked for plane by plane."""
+        plane, top = divmod(block.start // self._view.columns, self._view.rows)
+        term = self._terms[plane]
+        if term is None:
+            return 0.0
+        if plane != self._plane:
+            self._plane, self._right = plane, linalg.gram(term.right.T)
+        first, last = term.rows
+        start, stop = max(first, top), min(last, top + len(block.base))
+        if start >= stop:
+            return 0.0
+        grams = linalg.Grams(linalg.gram(term.left[start - first : stop - first]), self._right)
+        return term.weight**2 * grams.squared_norm
 
 
 def not_finite(plan: TensorPlan, code: str) -> LoratoolsError:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from loratools.operations.index.file import Index, Row
 from loratools.operations.index.sketching import Outcome, Subject, digest_of, rows
+from loratools.work.requests import Progress
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import LoratoolsError, OptionError
 from loratools_formats.disk.hub_cache import cached_place
@@ -59,7 +60,7 @@ def make_index(
     *,
     earlier: Index | None = None,
     workers: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Made:
     """Return the index of adapters.
 

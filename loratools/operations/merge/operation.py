@@ -21,6 +21,7 @@ from loratools.folding.without_base import folded_exactly
 from loratools.lowrank.planned import PlannedFactors
 from loratools.lowrank.rescale import of_positive_scale
 from loratools.lowrank.resize import Resizer
+from loratools.operations.common_alpha import common_alpha
 from loratools.operations.merge.align import AlignedModule, MergeInput, align
 from loratools.operations.merge.exact import (
     factor_residual,
@@ -57,9 +58,11 @@ from loratools.operations.merge.whole import (
     whole_modules,
 )
 from loratools.operations.one_rank import groups_of_one_rank
-from loratools.operations.ranked import Measured, Outcome, Ranked, ratio, share
+from loratools.operations.ranked import Measured, Outcome, Ranked, share
+from loratools.operations.reported import ratio
 from loratools.work.provenance import operation_record
 from loratools.work.regexes import is_found
+from loratools.work.requests import Progress
 from loratools.work.scratch import Scratch
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.registry import get_format
@@ -84,7 +87,7 @@ def merge(
     *,
     base: Checkpoint | None = None,
     scratch_folder: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> MergeResult:
     """Merge adapters into one.
 
@@ -193,10 +196,12 @@ class _Merge(Ranked[_Merged, Measured]):
         if not modules and not self.whole:
             raise nothing_left()
         self._around = self._without_modules()
+        parts = {module.name: module.first for module in modules}
+        alike = common_alpha(self._around.format, parts, options.rule, options.compute)
         super().__init__(
             list(self.modules),
             options.rule,
-            Resizer(options.compute, Scratch(scratch_folder), options.rule.uniform),
+            Resizer(options.compute, Scratch(scratch_folder), options.rule.uniform, alike),
             input_nbytes=sum(item.adapter.weights_nbytes for item in inputs),
             groups=groups_of_one_rank(
                 {module.name: module.first.layer for module in modules}, self._around.format

@@ -14,7 +14,6 @@ Balancing moves a power of two from one factor to the other, which rounds nothin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from loratools.base.decompositions import leading, leading_of_merged
 from loratools.folding.base_layout import has_own_layout
 from loratools.folding.dora import finite_vector
 from loratools.folding.dora_edits import DoraWeight, edited_dora
+from loratools.folding.expert_sides import straightened, turned_back, with_sides
 from loratools.folding.thin_modules import ThinModule, ThinModules
 from loratools.folding.weights_beside import WeightsBeside
 from loratools.folding.without_base import folded_exactly
@@ -37,8 +37,10 @@ from loratools.lowrank.matrices import loaded
 from loratools.lowrank.planned import PlannedFactors
 from loratools.lowrank.resize import ComputeOptions, Resizer
 from loratools.operations.repair.result import RepairOptions, RepairReport, RepairResult
+from loratools.operations.reported import ratio
 from loratools.work.parallel import in_order
 from loratools.work.provenance import operation_record, record_metadata
+from loratools.work.requests import Progress
 from loratools.work.scratch import Scratch
 from loratools.work.selection import Selection
 from loratools_formats.checkpoints.checkpoint import Checkpoint
@@ -76,7 +78,7 @@ def repair(
     selection: Selection | None = None,
     workers: int = 2,
     scratch_folder: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> RepairResult:
     """Repair an adapter.
 
@@ -108,7 +110,8 @@ def repair(
             + command_on(adapter, "convert", "--to", "peft", "--base", "MODEL", output="peft"),
         )
     adapter.require_true_delta("repair")
-    adapter = folded_exactly(adapter, "repair", scratch_folder, base)
+    lying = with_sides(folded_exactly(adapter, "repair", scratch_folder, base), base)
+    adapter = straightened(lying)  # intruders are directions of outputs
     for name, delta in adapter.modules.items():
         direction = delta.factors
         if delta.is_dora and (
@@ -142,16 +145,15 @@ def repair(
     total = sum(o.squared_norm for o in outcomes)
     intended = sum(o.squared_intended for o in outcomes)
     repaired = replace(
-        adapter,
-        modules=kept,
+        turned_back(replace(adapter, modules=kept), lying),
         metadata=with_record(adapter.metadata, record_metadata(provenance)),
         provenance=provenance,
     )
     return RepairResult(
         adapter=repaired,
         modules=tuple(outcome.report for outcome in outcomes),
-        change=_ratio(sum(o.squared_change for o in outcomes), total),
-        relative_error=_ratio(sum(o.squared_error for o in outcomes), intended),
+        change=ratio(sum(o.squared_change for o in outcomes), total),
+        relative_error=ratio(sum(o.squared_error for o in outcomes), intended),
     )
 
 
@@ -225,8 +227,8 @@ class _Repair:
             action="shrunk",
             rank_out=rank,
             intruders=len(found.intruders),
-            change=_ratio(moved, squared),
-            relative_error=_ratio(done.squared_error, done.squared_intended),
+            change=ratio(moved, squared),
+            relative_error=ratio(done.squared_error, done.squared_intended),
         )
         return _Outcome(
             done.change, report, squared, moved, done.squared_intended, done.squared_error
@@ -267,8 +269,8 @@ class _Repair:
             action="shrunk",
             rank_out=rank,
             intruders=count,
-            change=_ratio(change, kept.squared_norm),
-            relative_error=_ratio(done.squared_error, intended),
+            change=ratio(change, kept.squared_norm),
+            relative_error=ratio(done.squared_error, intended),
         )
         return _Outcome(
             ModuleChange(new), report, kept.squared_norm, change, intended, done.squared_error
@@ -332,7 +334,3 @@ def _dropped(outcome: _Outcome) -> _Outcome:
         relative_error=0.0,
     )
     return _Outcome(None, report, squared, squared, 0.0, 0.0)
-
-
-def _ratio(squared: float, squared_whole: float) -> float:
-    return math.sqrt(squared / squared_whole) if squared_whole else 0.0

@@ -6,7 +6,7 @@ group whose bases lose least of it: a member that is added again gets the cores 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from loratools.operations.shared.operation import as_shelf
 from loratools.work.declared import option
 from loratools.work.parallel import in_order
 from loratools.work.provenance import operation_record
+from loratools.work.requests import Progress
 from loratools.work.scratch import Scratch
 from loratools.work.typed import check_options
 from loratools_formats.contract.commands import command_on
@@ -101,7 +102,7 @@ def add(
     *,
     workers: int = 1,
     scratch_folder: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Added:
     """Add an adapter to a set.
 

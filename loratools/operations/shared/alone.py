@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from loratools.operations.reported import ratio
 from loratools_formats.core.dtypes import Array
 
 
@@ -51,5 +52,4 @@ class Alone:
 
 def total(errors: Sequence[float] | Array, norms: Sequence[float] | Array) -> float:
     """Return ‖ΔW − ΔW'‖/‖ΔW‖ over everything, from squares."""
-    whole = float(np.sum(norms))
-    return float(np.sqrt(np.sum(errors) / whole)) if whole else 0.0
+    return ratio(float(np.sum(errors)), float(np.sum(norms)))

@@ -19,11 +19,10 @@ from loratools_formats.contract.commands import command_on
 from loratools_formats.contract.shared_set import Member, is_shared_set, possible_name
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import LowRank
+from loratools_formats.core.file_names import without_ending
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
-
-_SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt")
 
 
 @dataclass(frozen=True)
@@ -85,17 +84,13 @@ def short_names(names: Sequence[str]) -> list[str]:
     >>> short_names(["a/one.safetensors", "b/two"]), short_names(["a/x", "b/x"])
     (['one', 'two'], ['a-x', 'b-x'])
     """
-    plain = [_without_suffix(name) for name in names]
+    plain = [without_ending(name) for name in names]
     parts = [[part for part in name.replace("\\", "/").split("/") if part] for name in plain]
     for depth in range(1, 1 + max(map(len, parts), default=0)):
         short = ["-".join(each[-depth:]) for each in parts]
         if len({one.casefold() for one in short}) == len(short):
             return short
     return [f"{'-'.join(each)}-{place}" for place, each in enumerate(parts)]
-
-
-def _without_suffix(name: str) -> str:
-    return next((name[: -len(s)] for s in _SUFFIXES if name.lower().endswith(s)), name)
 
 
 def left_beside(entrants: Sequence[Entrant]) -> tuple[Finding, ...]:

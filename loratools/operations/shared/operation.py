@@ -37,6 +37,7 @@ from loratools.operations.shared.survey import Survey, survey
 from loratools.operations.shared.units import Fleet, Unit
 from loratools.work.parallel import in_order
 from loratools.work.provenance import operation_record, record_metadata
+from loratools.work.requests import Progress
 from loratools.work.scratch import Scratch
 from loratools_formats.containers.safetensors_write import safetensors_nbytes
 from loratools_formats.contract.shared_set import (
@@ -54,7 +55,6 @@ from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import AdapterError, OptionError
 from loratools_formats.disk.provenance import with_record
 
-Progress = Callable[[int, int], None]
 _SAMPLED = 8  # modules on which numbers of groups are tried
 _KEPT = 0.9  # of the energy, if the rule for ranks does not say
 

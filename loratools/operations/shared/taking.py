@@ -7,21 +7,21 @@ what sharing had lost stays lost, and the set says how much that was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from loratools.algebra.device import Device
 from loratools.algebra.one_matrix import Matrix
 from loratools.lowrank.planned import PlannedFactors
 from loratools.lowrank.resize import ComputeOptions, Resizer
+from loratools.operations.reported import ratio
 from loratools.operations.shared.bases import cores_of, finite
 from loratools.work.declared import option
 from loratools.work.parallel import in_order
 from loratools.work.provenance import operation_record, record_metadata
+from loratools.work.requests import Progress
 from loratools.work.scratch import Scratch
 from loratools.work.typed import check_options
 from loratools_formats.contract.shared_set import Member, Part, SharedModule, SharedSet
@@ -99,7 +99,7 @@ def take(
     compute: ComputeOptions,
     *,
     scratch_folder: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Taken:
     """Return one adapter of a set as a plain LoRA.
 
@@ -151,7 +151,7 @@ def take(
         provenance=record,
     )
     ranks = [change.rank or 0 for change in changes.values()]
-    error = float(np.sqrt(lost / whole)) if whole else 0.0
+    error = ratio(lost, whole)
     return Taken(name, adapter, max(ranks, default=0), error, member.relative_error)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from loratools.algebra.measures import SpectrumMeasures, measures
-from loratools.folding.base_layout import in_base_layout
+from loratools.folding.expert_sides import straight_beside
 from loratools.folding.thin_modules import ThinModules
 from loratools.operations.spectrum.result import MatrixReport
 from loratools_formats.checkpoints.checkpoint import Checkpoint
@@ -74,7 +74,7 @@ def reference_scores(
 
 
 def _measured(adapter: Adapter, base: Checkpoint | None) -> Iterator[tuple[str, SpectrumMeasures]]:
-    opener = ThinModules(in_base_layout(adapter, base), base, "spectrum")
+    opener = ThinModules(straight_beside(adapter, base), base, "spectrum")
     for name in opener.modules:
         module = opener.open(name)
         for index, thin in enumerate(module.matrices):

@@ -18,7 +18,7 @@ from loratools.algebra.measures import concentration, kurtosis, measures
 from loratools.algebra.outliers import family_of, layer_of, numbers_in, scores_in_families
 from loratools.algebra.thin import Thin
 from loratools.base.decompositions import IntruderOptions
-from loratools.folding.base_layout import in_base_layout
+from loratools.folding.expert_sides import straight_beside
 from loratools.folding.thin_modules import NonFiniteError, ThinModule, ThinModules
 from loratools.folding.weights_beside import WeightsBeside
 from loratools.operations.spectrum.against import reference_scores
@@ -27,6 +27,7 @@ from loratools.operations.spectrum.findings import findings
 from loratools.operations.spectrum.result import BaseMeasures, MatrixReport, SpectrumResult
 from loratools.operations.spectrum.suggested import suggestions, table
 from loratools.work.parallel import in_order
+from loratools.work.requests import Progress
 from loratools.work.selection import Selection
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter
@@ -46,7 +47,7 @@ def spectrum(
     given: Mapping[str, str] | None = None,
     references: Sequence[Adapter] = (),
     workers: int = 2,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> SpectrumResult:
     """Measure what is in an adapter.
 
@@ -66,7 +67,7 @@ def spectrum(
         UnsupportedError: a change depends on the base, or is not known.
         AdapterError: no modules, none selected, or tensors that do not fit.
     """
-    adapter = in_base_layout(adapter, base)
+    adapter = straight_beside(adapter, base)
     opener = ThinModules(adapter, base, "spectrum", given)
     names = [name for name in opener.modules if name in (selection or Selection())]
     if not names:

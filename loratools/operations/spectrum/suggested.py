@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -13,7 +12,7 @@ from loratools.folding.thin_modules import ThinModule, ThinModules
 from loratools.folding.without_base import plain_adapter
 from loratools.lowrank.planned import for_size
 from loratools.lowrank.resize import ComputeOptions, Resizer
-from loratools.operations.ranked import planned_nbytes
+from loratools.operations.reported import ratio, written_nbytes
 from loratools.operations.spectrum.result import Suggestion
 from loratools.work.scratch import Scratch
 from loratools_formats.core.change import ModuleChange
@@ -44,7 +43,7 @@ def suggestions(opener: ThinModules, modules: Sequence[ThinModule]) -> tuple[Sug
 
     def of(rule: str, ranks: dict[str, int]) -> Suggestion:
         lost = sum(float(spectrum.energies[ranks[spectrum.name] :].sum()) for spectrum in spectra)
-        error = math.sqrt(lost / total) if total else 0.0
+        error = ratio(lost, total)
         return Suggestion(rule=rule, ranks=ranks, nbytes=size(ranks), relative_error=error)
 
     found = [of(text, choose_ranks(spectra, rule)) for text, rule in _RULES]
@@ -65,9 +64,9 @@ def _size(opener: ThinModules, modules: Sequence[ThinModule]) -> Size:
         new = {m.name: for_size(resizer.planned(m.like, ranks[m.name])) for m in modules}
         if folds:
             plain = {name: ModuleChange(factors) for name, factors in new.items()}
-            return planned_nbytes(plain_adapter(opener.adapter, plain))
+            return written_nbytes(plain_adapter(opener.adapter, plain))
         changes = {name: whole[name].with_direction(factors) for name, factors in new.items()}
-        return planned_nbytes(replace(opener.adapter, modules=changes))
+        return written_nbytes(replace(opener.adapter, modules=changes))
 
     def size(ranks: Mapping[str, int]) -> int:
         try:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from loratools.work.collection import WEIGHTS
+from loratools.work.collection import is_named_as_adapter
 from loratools_formats.containers.safetensors_read import DEFAULT_LIMITS, LENGTH_BYTES
+from loratools_formats.core.file_names import ADAPTER_CONFIG
 from loratools_formats.disk.distant import DistantFile, announce, withdraw
 from loratools_formats.disk.errors import (
     AdapterError,
@@ -24,7 +25,6 @@ from loratools_formats.disk.errors import (
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]+):/{1,2}(.+)", re.IGNORECASE)
 _HERE = re.compile(r"(?:file|local):(?://)?(/(?!/).*)", re.IGNORECASE | re.DOTALL)
-_CONFIG = "adapter_config.json"
 _FIRST_BYTES = 100_000
 _TAGS = ("ETag", "etag", "xet_hash")
 """What stores call the mark of an object's content, by which they tell whether it changed."""
@@ -122,7 +122,7 @@ def listed(url: str, output: str | None = None) -> list[str]:
 
 
 def _adapters(file_system: Any, root: str) -> list[str]:
-    if file_system.isfile(root) or file_system.exists(f"{root}/{_CONFIG}"):
+    if file_system.isfile(root) or file_system.exists(f"{root}/{ADAPTER_CONFIG}"):
         return [root]
     files = [name for name in file_system.find(root) if not _is_hidden(name[len(root) :])]
     return sorted(_below(files))
@@ -142,10 +142,10 @@ def _is_hidden(name: str) -> bool:
 
 
 def _below(files: list[str]) -> Iterator[str]:
-    folders = {name.rpartition("/")[0] for name in files if name.endswith(f"/{_CONFIG}")}
+    folders = {name.rpartition("/")[0] for name in files if name.endswith(f"/{ADAPTER_CONFIG}")}
     yield from folders
     for name in files:
-        if name.endswith(WEIGHTS) and not any(name.startswith(f"{each}/") for each in folders):
+        if is_named_as_adapter(name) and not any(name.startswith(f"{each}/") for each in folders):
             yield name
 
 
@@ -219,7 +219,7 @@ class Fetched:
             withdraw(path)
 
     def _may_wait(self, path: Path) -> bool:
-        one, has_config = self._objects[path], path.parent / _CONFIG in self._objects
+        one, has_config = self._objects[path], path.parent / ADAPTER_CONFIG in self._objects
         is_large = one.nbytes > _FIRST_BYTES and one.mark is not None
         return path.suffix == ".safetensors" and has_config and is_large
 

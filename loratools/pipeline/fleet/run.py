@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
-from loratools.face.declare import Progress, public
+from loratools.face.declare import public
 from loratools.face.result import Result
 from loratools.pipeline.fleet.engine import outcomes
 from loratools.pipeline.fleet.manifest import Manifest
@@ -22,8 +22,10 @@ from loratools.pipeline.fleet.store import OWN, Store, store_of
 from loratools.pipeline.fleet.task import Task, planned
 from loratools.pipeline.fleet.verbs import Verb, get_verb
 from loratools.work.cluster import Engine, has_dask
+from loratools.work.collection import check_apart
 from loratools.work.declared import option
 from loratools.work.parallel import check_workers, usable_cores
+from loratools.work.requests import Progress
 from loratools.work.shard import Shard, shard, shard_of_environment
 from loratools.work.spellings import nbytes
 from loratools_formats.disk.errors import OptionError
@@ -175,32 +177,11 @@ def plan(verb: str, sources: Sequence[str], settings: Mapping[str, Any], options
     store = None if options.output is None else store_of(options.output)
     all_members = members(sources, found.want, None if store is None else store.shown())
     if store is not None:
-        _check_outputs(found, checked, all_members)
+        check_apart(
+            (PurePosixPath(found.output_name(member.name, checked)), member.source)
+            for member in all_members
+        )
     return Plan(found, checked, options, store, all_members)
-
-
-def _check_outputs(verb: Verb, settings: Mapping[str, Any], all_members: Sequence[Member]) -> None:
-    """Raise `OptionError` if two of a fleet have one output, or an output lies in another."""
-    taken: dict[PurePosixPath, Member] = {}
-    for member in all_members:
-        output = PurePosixPath(verb.output_name(member.name, settings))
-        first = taken.setdefault(output, member)
-        if first is not member:
-            raise _clash("two of the fleet would have the same output", first, member)
-    for output, member in taken.items():
-        for folder in output.parents:
-            if folder in taken:
-                problem = "the output of one would lie in that of another"
-                raise _clash(problem, taken[folder], member)
-
-
-def _clash(problem: str, first: Member, second: Member) -> OptionError:
-    return OptionError(
-        problem,
-        got=f"{first.source}, {second.source}",
-        expected="an output for each",
-        hint="Run the fleet on each with another `output`",
-    )
 
 
 class Plan:

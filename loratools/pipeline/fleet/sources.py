@@ -17,12 +17,12 @@ from pathlib import Path
 
 from loratools.hub.references import Reference, Want, is_explicit, parse, parse_target
 from loratools.pipeline.fleet.addresses import address, canonical, listed, without_scheme
-from loratools.work.collection import WEIGHTS, adapters_in, outputs_below
+from loratools.work.collection import adapters_in, is_named_as_adapter, outputs_below
+from loratools_formats.core.file_names import ADAPTER_CONFIG
 from loratools_formats.disk.errors import AdapterError, MissingFileError, OptionError
 
 _LISTS = (".txt", ".list", ".lst")
 _MOST_LINES = 10_000_000
-_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -236,8 +236,8 @@ def _on_the_hub(reference: Reference, want: Want) -> dict[str, str]:
     if not glob.has_magic(pattern):
         inside = reference.inside
         files = contents(reference.at("")).files
-        folders = {name.rpartition("/")[0] for name in files if name.endswith(f"/{_CONFIG}")}
-        places = folders | {name for name in files if name.endswith(WEIGHTS)}
+        folders = {name.rpartition("/")[0] for name in files if name.endswith(f"/{ADAPTER_CONFIG}")}
+        places = folders | {name for name in files if is_named_as_adapter(name)}
         places = {n for n in places if not any(p.startswith(".") for p in n.split("/"))}
         places -= {n for n in places if n.rpartition("/")[0] in folders}
         found = {
@@ -261,7 +261,7 @@ def _holds_adapter(info: object) -> bool:
     """Return whether a repository of the Hub says that it holds an adapter."""
     names = {each.rfilename for each in getattr(info, "siblings", None) or ()}
     tags = {str(tag).lower() for tag in getattr(info, "tags", None) or ()}
-    return _CONFIG in names or "lora" in tags or "peft" in tags
+    return ADAPTER_CONFIG in names or "lora" in tags or "peft" in tags
 
 
 def _named(reference: Reference) -> str:

@@ -21,6 +21,7 @@ from loratools.pipeline.fleet.store import OWN, Folder, Store, store_of
 from loratools.pipeline.fleet.verbs import get_verb
 from loratools.work.call import Call
 from loratools.work.memory import keep_memory
+from loratools_formats.core.file_names import WRITTEN_ENDINGS
 from loratools_formats.disk.errors import (
     AdapterError,
     HubError,
@@ -277,7 +278,7 @@ class _Work:
         begun: float,
     ) -> Outcome:
         subjects = [] if said is None else said.get("subject") or []
-        weights = [s for s in subjects if str(s.get("name")).endswith((".safetensors", ".gguf"))]
+        weights = [s for s in subjects if str(s.get("name")).endswith(WRITTEN_ENDINGS)]
         digest: Mapping[str, str] = next((s.get("digest", {}) for s in (*weights, *subjects)), {})
         return Outcome(
             name=self._task.name,

@@ -19,13 +19,11 @@ from loratools.hub.references import Want, parse
 from loratools.pipeline.steps import NEEDS_RANKS
 from loratools.work.call import Call, call_of
 from loratools.work.declared import Option, build
-from loratools.work.requests import Writing
+from loratools.work.requests import PLACES, Writing
 from loratools.work.typed import option_value
 from loratools_formats.contract.registry import get_format
+from loratools_formats.core.file_names import WRITTEN_ENDINGS, without_ending
 from loratools_formats.disk.errors import OptionError
-
-_PLACES = frozenset({"output", "overwrite", "in_place", "dry_run"})
-"""Options that a fleet sets for each adapter itself."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ class Verb:
     def options(self) -> dict[str, tuple[type, Option]]:
         """The function's options by keyword, each with the dataclass that declares it."""
         known = self.declaration.options
-        return {word: found for word, found in known.items() if word not in _PLACES}
+        return {word: found for word, found in known.items() if word not in PLACES}
 
     def checked(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return settings with paths made absolute, as any process of a run may read them.
@@ -147,15 +145,12 @@ class Verb:
         """Return what the output of an adapter is called, by the adapter's own name."""
         if not self.makes_file(settings):
             return f"{name}.json"
-        stem = name
-        for suffix in (".safetensors", ".gguf"):
-            stem = stem.removesuffix(suffix)
+        stem = without_ending(name)
         if settings.get("to") is not None:
-            to = get_format(settings["to"])
-            return stem if to.is_folder else f"{stem}{(*to.suffixes, '.safetensors')[0]}"
+            return stem + get_format(settings["to"]).ending
         if self.name == "fuse":
             base = str(settings["base"]).lower()
-            endings = (end for end in (".gguf", ".safetensors") if base.endswith(end))
+            endings = (end for end in WRITTEN_ENDINGS if base.endswith(end))
             return f"{stem}{next(endings, '')}"
         return stem if self.name == "extract" else name
 

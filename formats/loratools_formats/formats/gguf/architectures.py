@@ -22,6 +22,7 @@ from importlib import resources
 from typing import Any, NamedTuple
 
 from loratools_formats.containers.gguf.ggml_types import package
+from loratools_formats.core.expert_names import GATED
 from loratools_formats.formats.gguf.layouts import (
     LAYOUTS,
     Rows,
@@ -191,10 +192,9 @@ def _below(owner: str, *names: str) -> tuple[str, ...]:
 
 
 _ATTENTION = _below("self_attn", "q_proj", "k_proj", "v_proj", "o_proj")
-_GATED = ("gate_proj", "up_proj", "down_proj")
-_LLAMA = (*_ATTENTION, *_below("mlp", *_GATED))
+_LLAMA = (*_ATTENTION, *_below("mlp", *GATED))
 _ROTARY = {"self_attn.q_proj": Module(rows=query), "self_attn.k_proj": Module(rows=key)}
-_MOE = (*_ATTENTION, "mlp.gate", *_below("mlp.experts.*", *_GATED))
+_MOE = (*_ATTENTION, "mlp.gate", *_below("mlp.experts.*", *GATED))
 _EXPERTS = {
     "mlp.experts.gate_up_proj": Module(("ffn_gate_exps", "ffn_up_exps"), halves, stacked=True),
     "mlp.experts.down_proj": Module(stacked=True),
@@ -222,7 +222,7 @@ _TABLE = (
     Architecture("olmo2", _causal("Olmo2"), _LLAMA),
     Architecture("qwen2", _causal("Qwen2"), _LLAMA),
     Architecture(
-        "qwen2moe", _causal("Qwen2Moe"), (*_MOE, *_below("mlp.shared_expert", *_GATED)), _EXPERTS
+        "qwen2moe", _causal("Qwen2Moe"), (*_MOE, *_below("mlp.shared_expert", *GATED)), _EXPERTS
     ),
     Architecture("qwen3", _causal("Qwen3"), _LLAMA),
     Architecture("qwen3moe", _causal("Qwen3Moe"), _MOE, _EXPERTS),

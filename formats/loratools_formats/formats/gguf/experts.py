@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from loratools_formats.core.change import Layer, LowRank, ModuleChange
 from loratools_formats.core.dtypes import DType, common_dtype, dtype_of_multiples, encode
+from loratools_formats.core.expert_names import LISTED, OF_MIXTRAL, SINGLE
 from loratools_formats.core.flat_experts import FLAT, singles_of
 from loratools_formats.core.tensors import TensorRef, joined
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -17,13 +18,6 @@ from loratools_formats.formats.gguf.layouts import halves, whole
 
 NESTED = ".base_layer"
 """What PEFT puts behind a module's path for each further parameter of it that is adapted."""
-
-_NUMBERED = re.compile(
-    r"(?P<owner>.*\bexperts)\.(?P<index>\d{1,6})\."
-    r"(?P<leaf>gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3)"
-)
-_LISTED = re.compile(r"(?P<owner>.*\bexperts)\.(?P<leaf>gate_up|down)_projs\.(?P<index>\d{1,6})")
-_OF_MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
 _OLD = re.compile(r"(?P<block>.*\bblock_sparse_moe)\.(?P<leaf>input|output)_linear")
@@ -101,18 +95,18 @@ def in_stack(path: str, architecture: Architecture) -> tuple[Module, int] | None
         path: of the module.
         architecture: whose table has the stacked parameters.
     """
-    match = _NUMBERED.fullmatch(path) or _LISTED.fullmatch(path)
+    match = SINGLE.fullmatch(path) or LISTED.fullmatch(path)
     if match is None:
         return None
     owner, expert = match["owner"], int(match["index"])
-    leaf = _OF_MIXTRAL.get(match["leaf"], match["leaf"])
-    if match.re is _LISTED:
+    leaf = OF_MIXTRAL.get(match["leaf"], match["leaf"])
+    if match.re is LISTED:
         leaf += "_proj"
     own = architecture.module(f"{owner}.{leaf}")
     if own is not None and own[0].stacked:
         module = own[0]
         if leaf == "gate_up_proj":
-            rows = module.rows if match.re is _LISTED and len(module.tensors) == 2 else halves
+            rows = module.rows if match.re is LISTED and len(module.tensors) == 2 else halves
             module = Module(_gate_and_up(module), rows)
         return module._replace(stacked=False), expert
     both = architecture.module(f"{owner}.gate_up_proj")

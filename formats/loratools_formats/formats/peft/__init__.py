@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratools_formats.contract.format import Context, Format, Loss
+from loratools_formats.core.file_names import ADAPTER_CONFIG, MLX_WEIGHTS, WEIGHTS_OF_PEFT
 from loratools_formats.disk.distant import is_there
 
 if TYPE_CHECKING:
     from loratools_formats.core.adapter import Adapter
     from loratools_formats.core.change import ModuleChange
     from loratools_formats.core.findings import Finding
-
-_WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 class Peft(Format):
@@ -41,14 +40,14 @@ class Peft(Format):
         """
         from loratools_formats.containers.sniffing import is_beside_peft_config
 
-        if path.name not in _WEIGHT_FILES and is_beside_peft_config(path):
+        if path.name not in WEIGHTS_OF_PEFT and is_beside_peft_config(path):
             return True
-        folder = path.parent if path.name in _WEIGHT_FILES else path
-        if not (folder / "adapter_config.json").is_file():
+        folder = path.parent if path.name in WEIGHTS_OF_PEFT else path
+        if not (folder / ADAPTER_CONFIG).is_file():
             return False
         # MLX adapters have a file of that name too, and weights of another.
-        is_mlx = is_there(folder / "adapters.safetensors")
-        return not is_mlx or any(is_there(folder / name) for name in _WEIGHT_FILES)
+        is_mlx = is_there(folder / MLX_WEIGHTS)
+        return not is_mlx or any(is_there(folder / name) for name in WEIGHTS_OF_PEFT)
 
     def read(self, path: Path) -> Adapter:
         """Read a folder, or one named by its weight file."""
@@ -87,11 +86,12 @@ class Peft(Format):
         return weights_nbytes(adapter)
 
     def writing_findings(self, adapter: Adapter) -> list[Finding]:
-        """Return findings about stacks of experts and output layers that PEFT stores otherwise."""
+        """Return findings about what PEFT stores otherwise, or loses of experts as it loads."""
         from loratools_formats.formats.peft.experts.packed import about_heads
+        from loratools_formats.formats.peft.write import about_experts
         from loratools_formats.formats.peft.written_sides import writing_findings
 
-        return [*writing_findings(adapter), *about_heads(adapter)]
+        return [*writing_findings(adapter), *about_heads(adapter), *about_experts(adapter)]
 
     def from_model(self, adapter: Adapter, context: Context) -> Adapter:
         """Make the configuration that the modules of another format's adapter ask for."""

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from loratools_formats.core.alora import ACTIVATED, INVOCATION_TOKENS
+from loratools_formats.core.factors import scale_of
 from loratools_formats.core.findings import Finding
+from loratools_formats.core.peft_facts import B_LAYOUT, FUSED_EXPERTS
 from loratools_formats.disk.errors import AdapterError
 from loratools_formats.disk.files import RegularFile
 from loratools_formats.disk.strict_json import read_object
 from loratools_formats.formats.peft.patterns import match_patterns
 
-CONFIG_FILE = "adapter_config.json"
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_RANK = 1 << 31
 
@@ -61,15 +62,11 @@ OF_TRAINERS = frozenset(
 )  # fmt: skip
 """Keys that trainers write into PEFT's configuration, and that change nothing in the file."""
 
-B_LAYOUT = "lora_B_layout"
-FUSED_EXPERTS = "unsloth_fused_expert_lora"
-"""Keys of Unsloth that say how B of stacked experts is packed; `rank_major` is PEFT's own way."""
-
 _HANDLED_KEYS = frozenset(
     {
-        "alpha_pattern", "init_lora_weights", "lora_B_layout", "lora_alpha", "lora_bias",
+        "alpha_pattern", "init_lora_weights", B_LAYOUT, "lora_alpha", "lora_bias",
         "modules_to_save", "r", "rank_pattern", "target_modules", "target_parameters",
-        "trainable_token_indices", "unsloth_fused_expert_lora", "use_dora", "use_rslora",
+        "trainable_token_indices", FUSED_EXPERTS, "use_dora", "use_rslora",
     }
 )  # fmt: skip
 VARIANT_KEYS = ("use_bdlora", "use_qalora", "kasa_config")
@@ -223,8 +220,8 @@ class PeftConfig:
         return {name: (alphas.get(name, alpha), ranks.get(name, r)) for name in names}
 
     def scale(self, alpha: float, rank: int) -> float:
-        """Return the factor of b @ a: α/r, or α/√r for rank-stabilised LoRA (arXiv 2312.03732)."""
-        return alpha / math.sqrt(rank) if self.values.get("use_rslora") else alpha / rank
+        """Return the factor of b @ a that PEFT makes of an alpha and a rank."""
+        return scale_of(alpha, rank, is_rooted=bool(self.values.get("use_rslora")))
 
     def _odd_alphas(self) -> Iterator[Finding]:
         """Yield what is odd about alphas that PEFT takes as they stand: α/r may be 0 or below."""

@@ -18,15 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from loratools_formats.core.findings import Finding
-from loratools_formats.core.peft_facts import family_of
+from loratools_formats.core.peft_facts import (
+    B_LAYOUT,
+    EXPERT_MAJOR,
+    FUSED_EXPERTS,
+    RANK_MAJOR,
+    family_of,
+)
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
 
-RANK_MAJOR = "rank_major"
-EXPERT_MAJOR = "grouped_by_expert"
-_FLAT = "lora_B_layout"
-_NESTED = "unsloth_fused_expert_lora"
-MARKERS = (_FLAT, _NESTED)
+MARKERS = (B_LAYOUT, FUSED_EXPERTS)
 """Keys of a configuration that say it."""
 
 _FAMILIES = frozenset(
@@ -67,8 +69,8 @@ class Guess:
             "warning",
             path,
             f"lora_B of stacked experts is read expert by expert, as {self.why}{told}",
-            f"If it is rank by rank, write it so: `set={_FLAT}={RANK_MAJOR}` of convert, or add "
-            f"{_FLAT}: {RANK_MAJOR} to adapter_config.json",
+            f"If it is rank by rank, write it so: `set={B_LAYOUT}={RANK_MAJOR}` of convert, or add "
+            f"{B_LAYOUT}: {RANK_MAJOR} to adapter_config.json",
         )
 
 
@@ -78,7 +80,7 @@ def grouped(path: str) -> Finding:
         "experts-grouped",
         "warning",
         path,
-        f"lora_B of stacked experts is packed expert by expert, as {_FLAT} says; PEFT and vLLM "
+        f"lora_B of stacked experts is packed expert by expert, as {B_LAYOUT} says; PEFT and vLLM "
         "would read it rank by rank, without an error. What is written is rank by rank",
     )
 
@@ -98,7 +100,7 @@ def doubtful(path: str, b: TensorRef, experts: int, rank: int, order: str) -> li
         f"a marker says that lora_B is {order}, and its values look {against}: columns of one "
         f"expert are {own:.2f} times as alike as any two as stated, and {other:.2f} times otherwise"
     )
-    hint = f"If the marker is wrong: `set={_FLAT}={against}` of convert overrules it"
+    hint = f"If the marker is wrong: `set={B_LAYOUT}={against}` of convert overrules it"
     return [Finding("expert-order-doubtful", "warning", path, text, hint)]
 
 
@@ -126,7 +128,10 @@ def marked(
         AdapterError: a marker states an order that is not known, or another number of experts.
     """
     auto = values.get("auto_mapping")
-    nested = [values.get(_NESTED), auto.get(_NESTED) if isinstance(auto, Mapping) else None]
+    nested = [
+        values.get(FUSED_EXPERTS),
+        auto.get(FUSED_EXPERTS) if isinstance(auto, Mapping) else None,
+    ]
     stated: list[Any] = []
     for detail in nested:
         if isinstance(detail, Mapping):
@@ -134,13 +139,15 @@ def marked(
             own = parameters.get(leaf) if isinstance(parameters, Mapping) else None
             if isinstance(own, Mapping):
                 _check_count(own.get("num_experts"), leaf, experts, folder)
-                stated.append(own.get(_FLAT))
-            stated.append(detail.get(_FLAT))
-    stated.append(values.get(_FLAT))
+                stated.append(own.get(B_LAYOUT))
+            stated.append(detail.get(B_LAYOUT))
+    stated.append(values.get(B_LAYOUT))
     order = next((each for each in stated if each is not None), None)
     if order not in (None, RANK_MAJOR, EXPERT_MAJOR):
         raise AdapterError(
-            f"config value {_FLAT} is wrong", got=order, expected=f"{RANK_MAJOR} or {EXPERT_MAJOR}"
+            f"config value {B_LAYOUT} is wrong",
+            got=order,
+            expected=f"{RANK_MAJOR} or {EXPERT_MAJOR}",
         )
     return order
 

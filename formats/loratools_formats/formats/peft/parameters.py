@@ -115,6 +115,8 @@ def _told_apart(
             result[path] = tuple(name for name in names if found[name][1] == ranks[path])
             if len({found[name] for name in result[path]}) > 1:
                 raise _ambiguous(path, result[path], folder)
+        if len({name for path in paths for name in result[path]}) < len(paths):
+            raise _misfit(paths[0], rows[paths[0]], known, folder)
     return result
 
 
@@ -150,13 +152,7 @@ def _ranks(rows: Mapping[str, int], known: Counter[int], folder: Path | None) ->
     for path, count in rows.items():
         alone = together or _readings({path: count}, known)
         if not alone:
-            raise AdapterError(
-                "rank in the file and rank in the config differ",
-                path=folder,
-                tensor=path,
-                got=f"{count} rows",
-                expected=f"a multiple of {sorted(known)}",
-            )
+            raise _misfit(path, count, known, folder)
         if len(alone) > 1:
             raise _ambiguous(path, [f"r = {reading[path]}" for reading in alone], folder)
         result |= alone[0]
@@ -172,6 +168,16 @@ def _readings(rows: Mapping[str, int], known: Counter[int]) -> list[dict[str, in
         if len(ranks) == len(rows) and Counter(ranks.values()) <= known:
             found.append(ranks)
     return found
+
+
+def _misfit(path: str, rows: int, known: Collection[int], folder: Path | None) -> AdapterError:
+    return AdapterError(
+        "rank in the file and rank in the config differ",
+        path=folder,
+        tensor=path,
+        got=f"{rows} rows",
+        expected=f"a multiple of {sorted(known)}",
+    )
 
 
 def _ambiguous(path: str, got: Iterable[str], folder: Path | None) -> UnsupportedError:

@@ -18,6 +18,12 @@ from loratools_formats.containers.sniffing import is_beside_peft_config
 from loratools_formats.core.adapter import Adapter, ExpertLayout, Replacement
 from loratools_formats.core.attachments import ATTACHMENTS
 from loratools_formats.core.change import ModuleChange
+from loratools_formats.core.file_names import (
+    ADAPTER_CONFIG,
+    PEFT_WEIGHTS,
+    PICKLED_PEFT_WEIGHTS,
+    WEIGHTS_OF_PEFT,
+)
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.distant import is_there
@@ -31,7 +37,6 @@ from loratools_formats.disk.provenance import PROVENANCE_FILE, RECIPE_FILE
 from loratools_formats.formats.peft import keys
 from loratools_formats.formats.peft.beside import attachments, standing
 from loratools_formats.formats.peft.config import (
-    CONFIG_FILE,
     NOT_A_PRODUCT,
     PeftConfig,
     check_of_all_kinds,
@@ -55,9 +60,6 @@ from loratools_formats.formats.peft.stacks import without_marks
 from loratools_formats.formats.peft.trainer_names import as_saved
 from loratools_formats.formats.peft.variants import lost_middle
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-LEGACY_WEIGHTS_FILE = "adapter_model.bin"
-
 
 def read(path: Path) -> Adapter:
     """Read a PEFT folder, or one named by its weight file.
@@ -67,7 +69,7 @@ def read(path: Path) -> Adapter:
         AdapterError: malformed or contradictory.
         UnsupportedError: another adapter kind, or a variant whose layout is not known.
     """
-    is_named = path.name in (WEIGHTS_FILE, LEGACY_WEIGHTS_FILE)
+    is_named = path.name in WEIGHTS_OF_PEFT
     renamed = None if is_named or path.is_dir() or not path.is_file() else path
     folder = path.parent if is_named or renamed is not None else path
     try:
@@ -78,7 +80,7 @@ def read(path: Path) -> Adapter:
 
 
 def _read(folder: Path, renamed: Path | None) -> Adapter:
-    config = RegularFile(inside(folder, CONFIG_FILE))
+    config = RegularFile(inside(folder, ADAPTER_CONFIG))
     values = read_values(config)
     check_of_all_kinds(values, config.path)
     weights, original, about_weights = _open_weights(folder, renamed)
@@ -111,7 +113,7 @@ def _read(folder: Path, renamed: Path | None) -> Adapter:
             *about_names,
             *_about_folder(folder, original.path.name),
             *_about_training(carried),
-            *(() if _is_no_product(values) else about_unknown(values, carried)),
+            *(() if _is_no_product(values) else about_unknown(values, replacements, carried)),
             *(about_parts(found.modules) if is_tinkers else ()),
             *_about_loader(values["peft_type"], found.modules),
         ),
@@ -161,7 +163,7 @@ def _contents(
 ) -> _Contents:
     peft_type = values["peft_type"]
     if peft_type == "LORA":
-        config = PeftConfig(values, folder / CONFIG_FILE)
+        config = PeftConfig(values, folder / ADAPTER_CONFIG)
         if _is_no_product(values):
             return _Contents({}, {}, dict(tensors), config.caveats())
         modules, rest, about_stacks, layout = read_lora(config, tensors, straight, folder)
@@ -192,16 +194,16 @@ def _open_weights(
 ) -> tuple[SafetensorsFile, RegularFile, list[Finding]]:
     if renamed is not None:
         return _open_renamed(folder, renamed.name)
-    safe, legacy = folder / WEIGHTS_FILE, folder / LEGACY_WEIGHTS_FILE
+    safe, legacy = folder / PEFT_WEIGHTS, folder / PICKLED_PEFT_WEIGHTS
     if is_there(safe) or safe.is_symlink():
-        weights = read_safetensors(inside(folder, WEIGHTS_FILE))
-        text = f"{LEGACY_WEIGHTS_FILE} lies beside {WEIGHTS_FILE} and is ignored, as PEFT does"
-        twice = Finding("weights-twice", "warning", LEGACY_WEIGHTS_FILE, text)
+        weights = read_safetensors(inside(folder, PEFT_WEIGHTS))
+        text = f"{PICKLED_PEFT_WEIGHTS} lies beside {PEFT_WEIGHTS} and is ignored, as PEFT does"
+        twice = Finding("weights-twice", "warning", PICKLED_PEFT_WEIGHTS, text)
         return weights, weights.file, [twice] if legacy.exists() else []
     if legacy.exists() or legacy.is_symlink():
-        weights = read_bin(inside(folder, LEGACY_WEIGHTS_FILE))
-        text = f"weights are pickled ({LEGACY_WEIGHTS_FILE})"
-        pickled = Finding("pickled-weights", "warning", LEGACY_WEIGHTS_FILE, text)
+        weights = read_bin(inside(folder, PICKLED_PEFT_WEIGHTS))
+        text = f"weights are pickled ({PICKLED_PEFT_WEIGHTS})"
+        pickled = Finding("pickled-weights", "warning", PICKLED_PEFT_WEIGHTS, text)
         return weights, weights.file, [pickled]
     others = sorted(child.name for child in folder.iterdir() if is_beside_peft_config(child))
     if len(others) == 1:
@@ -210,15 +212,15 @@ def _open_weights(
         "several weight files share the configuration" if others else "no weights in the folder",
         path=folder,
         got=", ".join(others) or None,
-        expected=f"{WEIGHTS_FILE} or {LEGACY_WEIGHTS_FILE}",
+        expected=f"{PEFT_WEIGHTS} or {PICKLED_PEFT_WEIGHTS}",
         hint="Name one of the files"
         if others
-        else f"Fetch {WEIGHTS_FILE} from where the adapter came from",
+        else f"Fetch {PEFT_WEIGHTS} from where the adapter came from",
     )
 
 
 def _open_renamed(folder: Path, name: str) -> tuple[SafetensorsFile, RegularFile, list[Finding]]:
-    text = f"the weights are in {name}; their scale is that of the {CONFIG_FILE} beside it"
+    text = f"the weights are in {name}; their scale is that of the {ADAPTER_CONFIG} beside it"
     found = [Finding("weights-renamed", "note", name, text)]
     if name.endswith(".safetensors"):
         weights = read_safetensors(inside(folder, name))
@@ -258,10 +260,9 @@ def _what_it_is(path: Path) -> str:
 
 def _about_folder(folder: Path, weights_name: str) -> list[Finding]:
     own = {
-        CONFIG_FILE,
+        ADAPTER_CONFIG,
         weights_name,
-        WEIGHTS_FILE,
-        LEGACY_WEIGHTS_FILE,
+        *WEIGHTS_OF_PEFT,
         PROVENANCE_FILE,
         RECIPE_FILE,
         ".gitattributes",  # every repository of the Hub has one
@@ -287,7 +288,7 @@ def _about_folder(folder: Path, weights_name: str) -> list[Finding]:
     others = sorted(
         child.name
         for child in folder.iterdir()
-        if child.is_dir() and (child / CONFIG_FILE).is_file()
+        if child.is_dir() and (child / ADAPTER_CONFIG).is_file()
     )
     if others:
         text = f"sub-folders hold further adapters: {', '.join(others)}"

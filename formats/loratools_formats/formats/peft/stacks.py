@@ -22,13 +22,12 @@ from typing import Any, NamedTuple
 from loratools_formats.core.adapter import ExpertLayout
 from loratools_formats.core.change import Layer, LowRank, ModuleChange
 from loratools_formats.core.findings import Finding
+from loratools_formats.core.peft_facts import B_LAYOUT, EXPERT_MAJOR, RANK_MAJOR
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
 from loratools_formats.formats.peft.config import PeftConfig
 from loratools_formats.formats.peft.packing import (
-    EXPERT_MAJOR,
     MARKERS,
-    RANK_MAJOR,
     doubtful,
     grouped,
     marked,
@@ -248,7 +247,7 @@ def without_marks(values: Mapping[str, Any]) -> Mapping[str, Any]:
     auto = values.get("auto_mapping")
     if isinstance(auto, Mapping):
         kept["auto_mapping"] = {key: value for key, value in auto.items() if key not in MARKERS}
-    return {**kept, "lora_B_layout": RANK_MAJOR}
+    return {**kept, B_LAYOUT: RANK_MAJOR}
 
 
 def _experts(pair: Pair, setting: Setting) -> int:

@@ -17,21 +17,25 @@ from loratools_formats.contract.format import Loss
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.factors import alpha_of, kept_whole
-from loratools_formats.core.peft_facts import stacked_on_loading
+from loratools_formats.core.file_names import ADAPTER_CONFIG, PEFT_WEIGHTS
+from loratools_formats.core.findings import Finding
+from loratools_formats.core.peft_facts import family_of, stacked_on_loading
+from loratools_formats.core.peft_on_load import about_load
 from loratools_formats.core.peft_patterns import settings_of
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.disk.files import copy_whole
 from loratools_formats.formats.peft import keys
-from loratools_formats.formats.peft.config import CONFIG_FILE, PeftConfig
+from loratools_formats.formats.peft.beside_parameters import about_dropout, borne, parameters_of
+from loratools_formats.formats.peft.config import PeftConfig
 from loratools_formats.formats.peft.experts.packed import (
+    PACKED,
     is_packed,
     packed_config,
     packed_tensors,
 )
 from loratools_formats.formats.peft.parameters import Setting, settings
-from loratools_formats.formats.peft.read import WEIGHTS_FILE
 from loratools_formats.formats.peft.written_sides import sayable
 
 
@@ -52,8 +56,8 @@ def write(adapter: Adapter, path: Path) -> None:
     """
     adapter = sayable(adapter)
     config = strict_json.dumps(config_for(adapter), indent=2)
-    (path / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
-    write_safetensors(path / WEIGHTS_FILE, stored_tensors(adapter), metadata_for(adapter))
+    (path / ADAPTER_CONFIG).write_text(config + "\n", encoding="utf-8")
+    write_safetensors(path / PEFT_WEIGHTS, stored_tensors(adapter), metadata_for(adapter))
     for name, source in adapter.attachments.items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         if isinstance(source, bytes):
@@ -124,11 +128,28 @@ def _factors(path: str, delta: LowRank) -> Iterator[TensorRef]:
         yield delta.bias.renamed(keys.compose(path, "b_bias"))
 
 
+def about_experts(adapter: Adapter) -> list[Finding]:
+    """Return findings about what PEFT loses of experts, as they will be written.
+
+    Raises:
+        UnsupportedError: they cannot be.
+    """
+    if adapter.format != "peft" or not parameters_of(adapter):
+        return []
+    adapter = sayable(adapter)
+    if adapter.write_as in PACKED:
+        return []
+    family = family_of(adapter.config)
+    types = () if family is None else (family,)
+    return [*about_dropout(adapter), *about_load(adapter, types, config_for(adapter))]
+
+
 def config_for(adapter: Adapter) -> dict[str, Any]:
     """Return the configuration to write.
 
     Raises:
-        UnsupportedError: the adapter comes from another format and has no PEFT configuration.
+        UnsupportedError: the adapter comes from another format and has no PEFT configuration, or
+            PEFT bears no such settings together.
     """
     if adapter.format != "peft":
         raise UnsupportedError(
@@ -142,7 +163,7 @@ def config_for(adapter: Adapter) -> dict[str, Any]:
         return dict(adapter.config)
     values = _with_kinds(adapter)
     values = values if _keeps_config(adapter) else _rewritten(values, adapter)
-    return packed_config(adapter, values)
+    return borne(packed_config(adapter, values), adapter)
 
 
 def _with_kinds(adapter: Adapter) -> dict[str, Any]:
@@ -178,6 +199,7 @@ def _gives_same(values: Mapping[str, Any], modules: Mapping[str, ModuleChange]) 
     return found is not None and all(
         (found[path].rank, config.scale(found[path].alpha, found[path].rank))
         == (part.rank, part.scale)
+        and set(part.layer.parameters) <= set(found[path].names)
         for path, part in _parts(modules).items()
     )
 

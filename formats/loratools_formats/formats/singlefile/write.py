@@ -15,7 +15,13 @@ from loratools_formats.containers.safetensors_write import safetensors_nbytes, w
 from loratools_formats.contract.format import Loss
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import LowRank, ModuleChange
-from loratools_formats.core.single_file_keys import NAMINGS, Naming, Role, parse
+from loratools_formats.core.single_file_keys import (
+    NAMINGS,
+    Naming,
+    Role,
+    is_first_factor,
+    parse,
+)
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import UnsupportedError
 from loratools_formats.formats.singlefile.metadata import (
@@ -127,11 +133,7 @@ class _Keys:
 
     def __init__(self, name: str, part: LowRank) -> None:
         self._name = name
-        parsed = parse(part.a.key, control=True)
-        new = parsed is None or (parsed.module, parsed.role) not in (
-            (name, "a"),
-            (name, "embedding_a"),
-        )
+        new = not is_first_factor(part.a.key, name)
         self.wants_alpha = new and naming_of(name) == "kohya"
         self._spelling = Spelling.of(name if new else part.a.key)
 

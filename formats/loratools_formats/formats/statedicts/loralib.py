@@ -32,10 +32,6 @@ if TYPE_CHECKING:
 _KEY = re.compile(
     r"(?P<module>.+?)(?:\.lora)?\.(?:lora_(?P<side>[ABE])(?:\.(?P<piece>\d{1,4}))?|(?P<gate>gate))"
 )
-_EMBEDDINGS = (
-    "embed_tokens", "position_embeddings", "shared", "token_type_embeddings", "word_embeddings",
-    "wpe", "wte",
-)  # fmt: skip
 # Layers that models of language call so: of several projections, and of one.
 _FUSED = ("Wqkv", "c_attn", "in_proj", "qkv", "qkv_proj", "query_key_value")
 _LINEAR = (
@@ -93,6 +89,7 @@ def _bias_in_model(key: str, modules: Collection[str]) -> str:
 
 
 def _delta(name: str, parts: dict[str, TensorRef], path: Path) -> KindDelta:
+    from loratools_formats.checkpoints.facts import is_embedding
     from loratools_formats.core.change import KindDelta, Layer, Missing
     from loratools_formats.core.kind_shapes import check_shapes
     from loratools_formats.disk.errors import AdapterError
@@ -113,7 +110,7 @@ def _delta(name: str, parts: dict[str, TensorRef], path: Path) -> KindDelta:
             raise AdapterError(
                 "factor is not a matrix", path=path, tensor=tensor.key, got=list(tensor.shape)
             )
-    layer = Layer("embedding" if name.rpartition(".")[2] in _EMBEDDINGS else "linear")
+    layer = Layer("embedding" if is_embedding(name) else "linear")
     if layer.kind == "linear":
         layer = Layer("linear", transposed_if_square=None)
     if "e" in pieces:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratools_formats.contract.format import Format
+from loratools_formats.core.file_names import PICKLE_ENDINGS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from loratools_formats.disk.errors import AdapterError
     from loratools_formats.disk.files import RegularFile
 
-_PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 _SAFETENSORS = ".safetensors"
 _SNIFFED_BYTES = 1 << 16
 _STRING_IN_PICKLE = re.compile(rb"X(.)\x00\x00\x00", re.DOTALL)  # opcode and length
@@ -39,7 +39,7 @@ class StateDictFormat(Format):
         expected: the names, for messages.
     """
 
-    suffixes = _PICKLES
+    suffixes = PICKLE_ENDINGS
     telling: bytes
     parts: Mapping[str, str]
     expected: str
@@ -97,7 +97,7 @@ def names_in(path: Path) -> list[bytes]:
     """Return the names of tensors in the first 64 KiB of a state dict; none of other files."""
     from loratools_formats.containers.sniffing import is_part_of_folder, tensor_names
 
-    if path.suffix not in (*_PICKLES, _SAFETENSORS) or not path.is_file():
+    if path.suffix not in (*PICKLE_ENDINGS, _SAFETENSORS) or not path.is_file():
         return []
     if is_part_of_folder(path):
         return []

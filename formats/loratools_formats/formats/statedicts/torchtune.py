@@ -17,6 +17,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratools_formats.core.file_names import ADAPTER_CONFIG
 from loratools_formats.formats.statedicts.statedict import StateDict, StateDictFormat
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from loratools_formats.core.tensors import TensorRef
     from loratools_formats.disk.files import RegularFile
 
-CONFIG_FILE = "adapter_config.json"
 _MAX_CONFIG_BYTES = 1 << 20
 _IN_LAYER = {
     "attn.q_proj": "self_attn.q_proj",
@@ -118,9 +118,9 @@ def _alpha(folder: Path, ranks: set[int]) -> tuple[float | Missing, tuple[Regula
     from loratools_formats.disk.files import RegularFile, inside
     from loratools_formats.disk.strict_json import read_object
 
-    if not (folder / CONFIG_FILE).is_file():
+    if not (folder / ADAPTER_CONFIG).is_file():
         return Missing("lora_alpha of the recipe's configuration"), ()
-    file = RegularFile(inside(folder, CONFIG_FILE))
+    file = RegularFile(inside(folder, ADAPTER_CONFIG))
     values = read_object(file, _MAX_CONFIG_BYTES)
     alpha: Any = values.get("lora_alpha")
     rank = values.get("r")

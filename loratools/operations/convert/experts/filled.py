@@ -6,12 +6,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
+from loratools.operations.convert.experts.apart import whole
 from loratools.operations.convert.experts.groups import Group
+from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.contract.commands import command_on
+from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import LowRank, ModuleChange
+from loratools_formats.core.expert_names import GATED
 from loratools_formats.core.tensors import TensorRef
+from loratools_formats.disk.errors import UnsupportedError
 
 _SINGLE = re.compile(r"(?P<expert>(?:.*\.)?experts\.\d+)\.(?P<leaf>gate_proj|up_proj|down_proj)")
-_GATED = ("gate_proj", "up_proj", "down_proj")
 
 
 def filled(modules: Mapping[str, ModuleChange], *, gated: bool) -> dict[str, ModuleChange]:
@@ -29,7 +34,7 @@ def filled(modules: Mapping[str, ModuleChange], *, gated: bool) -> dict[str, Mod
             experts.setdefault(match["expert"], {})[match["leaf"]] = change
     for expert, leaves in experts.items():
         like = next(iter(leaves.items()))
-        for leaf in _GATED if gated else _GATED[1:]:
+        for leaf in GATED if gated else GATED[1:]:
             if leaf not in leaves:
                 made[f"{expert}.{leaf}"] = _zeros(like[0], like[1], leaf)
     return made
@@ -52,6 +57,32 @@ def with_zeros(group: Group, experts: int, *, gated: bool) -> Group:
         for expert in range(experts):
             changes.setdefault(expert, _zeros(leaf, like, leaf))
     return replace(group, single=single)
+
+
+def complete(
+    adapter: Adapter, group: Group, counts: Mapping[str, int], base: Checkpoint | None
+) -> Group:
+    """Return a layer with all experts of its projections, zeros for those that the base has.
+
+    Raises:
+        UnsupportedError: one is missing, and no base shows that it is to be zero; or the layer has
+            one expert.
+    """
+    experts = counts.get(group.owner, 0)
+    stacks = {change.require_factors().experts for change in group.stacks.values()}
+    if experts == 1 or 1 in stacks:
+        raise UnsupportedError(
+            "a first axis of 1 says that all experts share a factor, so that a stack for each "
+            "projection cannot hold a layer of one expert",
+            path=adapter.source,
+            tensor=group.owner,
+            hint="Write it so, which is exact: "
+            + command_on(adapter, "convert", "--experts each", output="converted"),
+        )
+    if base is not None and group.single:
+        group = with_zeros(group, experts, gated=False)
+    whole(group, experts)
+    return group
 
 
 def _zeros(own: str, change: ModuleChange, leaf: str) -> ModuleChange:

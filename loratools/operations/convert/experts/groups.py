@@ -17,6 +17,7 @@ from loratools_formats.checkpoints.facts import model_types
 from loratools_formats.contract.commands import command_on
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import ModuleChange
+from loratools_formats.core.expert_names import OF_MIXTRAL, SINGLE
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.orientation import exchanged
 from loratools_formats.core.peft_facts import family_of, owner
@@ -25,12 +26,6 @@ from loratools_formats.disk.errors import UnsupportedError, printable
 Order = Literal["halves", "alternating"]
 """Of the outputs in a joined gate and up: all of gate's first, or one of each by turns."""
 
-SPLIT = ("gate_proj", "up_proj", "down_proj")
-_OF_MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
-_SINGLE = re.compile(
-    r"(?P<owner>(?:.*\.)?experts)\.(?P<index>\d{1,6})\."
-    r"(?P<leaf>gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3)"
-)
 _NESTED = ".base_layer"
 _GPT_OSS = re.compile(r"gpt[-_.]?oss", re.IGNORECASE)
 _IN_HALVES = re.compile(
@@ -78,7 +73,7 @@ def sorted_experts(adapter: Adapter, base: Checkpoint | None) -> Sorted:
     names = None if base is None else Names(class_view(dequantised(base).checkpoint).checkpoint)
     found = Sorted({}, {})
     for path, change in adapter.modules.items():
-        single = _SINGLE.fullmatch(path)
+        single = SINGLE.fullmatch(path)
         if (
             change.factors is not None
             and change.layer.kind == "experts"
@@ -94,7 +89,7 @@ def sorted_experts(adapter: Adapter, base: Checkpoint | None) -> Sorted:
             group.stacks[leaf] = _straight(adapter, path, told, names)
         elif single is not None and change.factors is not None and not change.is_dora:
             group = found.groups.setdefault(single["owner"], Group(single["owner"]))
-            leaf = _OF_MIXTRAL.get(single["leaf"], single["leaf"])
+            leaf = OF_MIXTRAL.get(single["leaf"], single["leaf"])
             group.single.setdefault(leaf, {})[int(single["index"])] = change
         else:
             found.others[path] = change
@@ -110,7 +105,7 @@ def refuse_no_pairs(adapter: Adapter, found: Sorted, layout: str | None) -> None
     if layout in (None, "each"):
         return
     for path, change in found.others.items():
-        if _SINGLE.fullmatch(path):
+        if SINGLE.fullmatch(path):
             raise UnsupportedError(
                 f"experts that are no plain LoRAs cannot be written as {layout}",
                 path=adapter.source,

@@ -20,21 +20,28 @@ from loratools.operations.convert.class_names import checkpoint_of
 from loratools.operations.convert.experts.apart import of_one_rank
 from loratools.operations.convert.experts.choice import wanted_by
 from loratools.operations.convert.experts.each import each
-from loratools.operations.convert.experts.groups import base_hint, sorted_experts, straightened
-from loratools.operations.convert.experts.layouts import Wanted, laid_out, of_release, retargeted
+from loratools.operations.convert.experts.groups import (
+    base_hint,
+    sorted_experts,
+    straightened,
+    types_of,
+)
+from loratools.operations.convert.experts.layouts import Wanted, laid_out, retargeted, stated
 from loratools.operations.convert.experts.recent import Recent
 from loratools.operations.convert.experts.tinker_names import with_whole_projections
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import Layer, ModuleChange
+from loratools_formats.core.expert_names import TO_MIXTRAL
 from loratools_formats.core.findings import Finding
+from loratools_formats.core.peft_facts import ALL_LINEAR
+from loratools_formats.core.peft_on_load import about_load, not_converted
 from loratools_formats.disk.errors import OptionError, UnsupportedError
 
 _APART = ("each", "3d", "shared-outer", "tinker")
 _SWITCH = re.compile(
     r"(?P<block>.*)\.(?:switch_mlp|experts)\.(?P<leaf>gate_proj|up_proj|down_proj|fc1|fc2)"
 )
-_OF_MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 _OF_FC = {"fc1": "up_proj", "fc2": "down_proj"}
 
 
@@ -86,10 +93,26 @@ def in_layout(
     if target != "peft":
         return in_names(_one_by_one(adapter) if target == "gguf" else adapter), wanted, ()
     model, told = _for_peft(adapter, wanted, checkpoint, in_names, names_of)
+    types = types_of(adapter, checkpoint)
+    if not_converted(types) is not None and not isinstance(experts, str):
+        told = (*told, *about_load(model, types, model.config))
     return model, wanted, told
 
 
 def _for_peft(
+    adapter: Adapter,
+    wanted: Wanted,
+    checkpoint: Checkpoint | None,
+    in_names: Callable[[Adapter], Adapter],
+    names_of: str | None,
+) -> tuple[Adapter, tuple[Finding, ...]]:
+    model, told = _in_wanted(adapter, wanted, checkpoint, in_names, names_of)
+    if wanted.layout != "tinker" and model.config.get("target_modules") == ALL_LINEAR:
+        model = retargeted(model, model.modules)  # PEFT counts neither embeddings nor heads
+    return model, told
+
+
+def _in_wanted(
     adapter: Adapter,
     wanted: Wanted,
     checkpoint: Checkpoint | None,
@@ -241,9 +264,7 @@ def _laid(
     adapter: Adapter, wanted: Wanted, base: Checkpoint | None
 ) -> tuple[Adapter, tuple[Finding, ...]]:
     model, told = laid_out(adapter, wanted, base)
-    if adapter.format == "peft" and (told or wanted.is_given):
-        model = replace(model, config=of_release(model.config, wanted))
-    return model, told
+    return (stated(model, wanted) if told or wanted.is_given else model), told
 
 
 def _uniform(adapter: Adapter) -> Adapter:
@@ -276,7 +297,7 @@ def _from_switch(adapter: Adapter, base: Checkpoint | None) -> Adapter:
         if key is not None:
             owner = key.rpartition(".")[0]
         elif match["block"].endswith(".block_sparse_moe"):
-            leaf = _OF_MIXTRAL[leaf]
+            leaf = TO_MIXTRAL[leaf]
         for expert in range(part.experts):
             single = replace(
                 part, a=part.a.matrix(expert), b=part.b.matrix(expert), layer=Layer("linear")

@@ -11,11 +11,10 @@ from loratools.operations.convert.experts.apart import (
     of_one_rank,
     rounds,
     shared_outer,
-    whole,
 )
 from loratools.operations.convert.experts.counts import counted, told_count
 from loratools.operations.convert.experts.each import each
-from loratools.operations.convert.experts.filled import filled, with_zeros
+from loratools.operations.convert.experts.filled import complete, filled, with_zeros
 from loratools.operations.convert.experts.groups import (
     Group,
     Order,
@@ -37,6 +36,7 @@ from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.orientation import exchanged
+from loratools_formats.core.peft_facts import B_LAYOUT, RANK_MAJOR
 from loratools_formats.disk.errors import UnsupportedError
 
 ExpertLayoutName = Literal["stacked", "each", "3d", "shared-outer", "tinker"]
@@ -135,11 +135,8 @@ def _rest(
         text = f"all modules get rank {ranks[-1]} with zeros, and one scale folded into B"
         text += ", which rounds once" if rounds(parts) else ""
         told = (*told, Finding("experts-laid-out", "note", None, text))
-    config = dict(adapter.config)
-    if wanted.marked and any(change.layer.kind == "experts" for change in made.values()):
-        config["lora_B_layout"] = "rank_major"
     ordered = {name: made[name] for name in sorted(made)}
-    return replace(adapter, modules=ordered, config=config), told
+    return replace(adapter, modules=ordered), told
 
 
 def _as_stacked(adapter: Adapter, wanted: Wanted, found: Sorted, base: Checkpoint | None) -> _Made:
@@ -275,7 +272,7 @@ def _as_3d(adapter: Adapter, wanted: Wanted, found: Sorted, base: Checkpoint | N
                 path=adapter.source,
                 tensor=owner,
             )
-        group = _complete(adapted, experts.get(owner, 0), base)
+        group = complete(adapter, adapted, experts, base)
         if group.stacks and not set(group.stacks) <= _JOINED:
             group = _apart(group)  # whose projections are read one by one
         elif group.single and set(group.single) <= _JOINED:  # read as parameters
@@ -304,18 +301,6 @@ def _as_3d(adapter: Adapter, wanted: Wanted, found: Sorted, base: Checkpoint | N
 _JOINED = {"gate_up_proj", "down_proj"}
 
 
-def _complete(group: Group, experts: int, base: Checkpoint | None) -> Group:
-    """Return a layer with all experts of its projections, zeros for those that the base has.
-
-    Raises:
-        UnsupportedError: one is missing, and no base shows that it is to be zero.
-    """
-    if base is not None and group.single:
-        group = with_zeros(group, experts, gated=False)
-    whole(group, experts)
-    return group
-
-
 def _apart(group: Group) -> Group:
     """Return a layer without gate, with its stacks as single experts."""
     singles: dict[str, dict[int, ModuleChange]] = {}
@@ -336,7 +321,7 @@ def _as_tinker(adapter: Adapter, wanted: Wanted, found: Sorted, base: Checkpoint
         told = (*told, *told_count(experts, base))
     full = None
     for owner, adapted in apart.groups.items():
-        group = _complete(adapted, experts.get(owner, 0), base)
+        group = complete(adapter, adapted, experts, base)
         for leaf, changes in group.single.items():
             made |= {f"{owner}.{expert}.{leaf}": change for expert, change in changes.items()}
         try:
@@ -383,12 +368,21 @@ def _last(name: str) -> str:
     return ".".join(parts[-2:]) if last.isdigit() else last
 
 
-def of_release(config: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:
-    """Return a configuration that names the release whose side of A was written."""
-    if wanted.peft == "0.18":
-        return {**config, "peft_version": _OLD}
+def stated(adapter: Adapter, wanted: Wanted) -> Adapter:
+    """Return an adapter of PEFT whose configuration says what was written, if it must.
+
+    That is the release whose side of A it is, and the order of lora_B. Others are returned as they
+    are: their configuration is made later.
+    """
+    if adapter.format != "peft":
+        return adapter
+    config = dict(adapter.config)
     version = str(config.get("peft_version") or "")
     is_unsaid = wanted.peft is not None and not version
-    if is_unsaid or version.startswith(("0.17", "0.18", "0.19.0")):
-        return {**config, "peft_version": _NEW}
-    return dict(config)
+    if wanted.peft == "0.18":
+        config["peft_version"] = _OLD
+    elif is_unsaid or version.startswith(("0.17", "0.18", "0.19.0")):
+        config["peft_version"] = _NEW
+    if wanted.marked and any(c.layer.kind == "experts" for c in adapter.modules.values()):
+        config[B_LAYOUT] = RANK_MAJOR
+    return replace(adapter, config=config)

@@ -17,12 +17,12 @@ from loratools.operations.convert.experts.groups import types_of
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import ModuleChange
+from loratools_formats.core.expert_names import TO_MIXTRAL
 
 _SINGLE = re.compile(
     r"(?P<owner>.*\b(?:mlp|block_sparse_moe))\.(?P<expert>experts\.\d+)\.(?P<leaf>[a-z_]+_proj)"
 )
 _LAYER = re.compile(r"(?P<head>(?:.*?\.)?\d+)\.(?P<tail>.+)")
-_OF_MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
 def in_stored_names(
@@ -46,10 +46,10 @@ def _called(names: Names | None, module: str, is_mixtral: bool) -> str:
     if own is not None and other is not None:
         return f"{own['head']}.{other['tail']}"
     single = _SINGLE.fullmatch(module)
-    if single is None or single["leaf"] not in _OF_MIXTRAL:
+    if single is None or single["leaf"] not in TO_MIXTRAL:
         return module
     block = single["owner"].rpartition(".")[2]
     if block == "mlp" and not is_mixtral:
         return module
     owner = single["owner"].removesuffix(block) + "block_sparse_moe"
-    return f"{owner}.{single['expert']}.{_OF_MIXTRAL[single['leaf']]}"
+    return f"{owner}.{single['expert']}.{TO_MIXTRAL[single['leaf']]}"

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from loratools_formats.core.file_names import ADAPTER_CONFIG
 from loratools_formats.core.tensors import TensorRef
-from loratools_formats.formats.peft.config import CONFIG_FILE, check_value
+from loratools_formats.formats.peft.config import check_value
 from loratools_formats.formats.peft.experts import flat_3d, projections, tinker
 from loratools_formats.formats.peft.experts.layout import Layout, Plain
 
@@ -34,6 +35,6 @@ def plain(values: Mapping[str, Any], tensors: Mapping[str, TensorRef], folder: P
     found = Plain(values, tensors)
     for layout in LAYOUTS:
         if layout.claims(found.tensors):
-            check_value(values, "target_parameters", folder / CONFIG_FILE)
+            check_value(values, "target_parameters", folder / ADAPTER_CONFIG)
             found = layout.read(found, folder).after(found)
     return found

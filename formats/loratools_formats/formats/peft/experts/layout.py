@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from loratools_formats.core.adapter import ExpertLayout
+from loratools_formats.core.file_names import ADAPTER_CONFIG
 from loratools_formats.core.peft_facts import PREFIX, owner
 from loratools_formats.core.tensors import TensorRef
-from loratools_formats.formats.peft.config import CONFIG_FILE, check_value
+from loratools_formats.formats.peft.config import check_value
 from loratools_formats.formats.peft.patterns import match_patterns
 
 NESTED = ".base_layer"
 A, B = "lora_A", "lora_B"
-SPLIT = ("gate_proj", "up_proj", "down_proj")
-"""Projections of an expert, each a linear layer."""
 JOINED = ("gate_up_proj", "down_proj")
 """Projections of an expert where gate and up are one layer."""
 UP = "up_proj"
@@ -111,9 +110,9 @@ def with_patterns(
     """
     made = dict(values)
     for key in ("rank_pattern", "alpha_pattern"):
-        check_value(values, key, folder / CONFIG_FILE)
+        check_value(values, key, folder / ADAPTER_CONFIG)
         patterns = values.get(key) or {}
-        found = match_patterns(patterns, list(moved), folder / CONFIG_FILE)
+        found = match_patterns(patterns, list(moved), folder / ADAPTER_CONFIG)
         own = {re.escape(new): value for old, value in found.items() for new in moved[old]}
         if own:
             made[key] = {**own, **patterns}

@@ -14,12 +14,15 @@ from loratools_formats.contract.commands import command_on
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import LowRank
 from loratools_formats.core.dtypes import DType, common_dtype, encode
+from loratools_formats.core.expert_names import OF_MIXTRAL
 from loratools_formats.core.factors import alpha_of
 from loratools_formats.core.findings import Finding
+from loratools_formats.core.peft_facts import ALL_LINEAR
+from loratools_formats.core.peft_patterns import settings_of
 from loratools_formats.core.tensors import TensorRef, have_same_bits, joined
 from loratools_formats.disk.errors import UnsupportedError
 from loratools_formats.formats.peft.experts.layout import A, B, named
-from loratools_formats.formats.peft.experts.tinker import GATED, UNGATED
+from loratools_formats.formats.peft.experts.tinker import UNGATED
 
 _SINGLE = re.compile(
     r"(?P<owner>(?:.*\.)?experts)\.(?P<index>\d{1,6})\."
@@ -70,7 +73,7 @@ def packed_tensors(adapter: Adapter) -> Iterator[TensorRef]:
         ordered = [experts[index] for index in sorted(experts)]
         path = f"{owner}.{leaf}"
         if adapter.write_as in TINKER:
-            names = GATED if owner in gated else UNGATED
+            names = OF_MIXTRAL if owner in gated else UNGATED
             path = f"{owner}.{next(own for own, other in names.items() if other == leaf)}"
         yield from _sides(
             adapter,
@@ -162,7 +165,7 @@ def packed_config(adapter: Adapter, values: Mapping[str, Any]) -> dict[str, Any]
     """Return a configuration for the layout, from PEFT's for the same modules.
 
     Raises:
-        UnsupportedError: Tinker's has no place for ranks and scales that differ.
+        UnsupportedError: Tinker's has no place for ranks and scales that differ, or for embeddings.
     """
     if adapter.write_as not in PACKED:
         return dict(values)
@@ -179,6 +182,7 @@ def packed_config(adapter: Adapter, values: Mapping[str, Any]) -> dict[str, Any]
     if others:
         made["target_parameters"] = sorted(others)
     if adapter.write_as in TINKER:
+        _refuse_embeddings(adapter)
         if made.get("rank_pattern") or made.get("alpha_pattern"):
             parts = [change.require_factors() for change in adapter.modules.values()]
             if len({(part.rank, part.scale) for part in parts}) > 1:
@@ -186,5 +190,30 @@ def packed_config(adapter: Adapter, values: Mapping[str, Any]) -> dict[str, Any]
             rank, scale = parts[0].rank, parts[0].scale  # the patterns are of modules left behind
             made |= {"r": rank, "lora_alpha": alpha_of(rank, scale), "use_rslora": False}
             made |= {"rank_pattern": {}, "alpha_pattern": {}}
-        made["target_modules"] = "all-linear"
+        made["target_modules"] = ALL_LINEAR
+    elif made.get("rank_pattern") or made.get("alpha_pattern"):
+        made |= settings_of(_settings_as_written(adapter)) | {"use_rslora": False}
     return made
+
+
+def _refuse_embeddings(adapter: Adapter) -> None:
+    for path, change in adapter.modules.items():
+        if change.layer.kind == "embedding":
+            raise UnsupportedError(
+                "Tinker adapts no embedding, and no reader of its files looks for one",
+                path=adapter.source,
+                tensor=path,
+                hint="Leave it out with `drop`, or write PEFT's own layout",
+            )
+
+
+def _settings_as_written(adapter: Adapter) -> dict[str, tuple[int, float]]:
+    """Return rank and alpha by the names of the file, where single experts are one stack."""
+    found: dict[str, tuple[int, float]] = {}
+    for path, change in adapter.modules.items():
+        part = change.require_factors()
+        match = _SINGLE.fullmatch(path)
+        names = (path,) if match is None else (f"{match['owner']}.{match['leaf']}",)
+        for name in change.layer.parameters or names:
+            found[name] = part.rank, alpha_of(part.rank, part.scale)
+    return found

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loratools_formats.core.adapter import ExpertLayout
+from loratools_formats.core.expert_names import LEAVES, OF_MIXTRAL, SINGLE
 from loratools_formats.core.tensors import TensorRef, joined
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.formats.peft.experts.layout import (
@@ -29,10 +30,7 @@ from loratools_formats.formats.peft.experts.layout import (
     with_targets,
 )
 
-_LEAVES = "gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3"
-_WHOLE = re.compile(rf"(?P<owner>(?:.*\.)?experts)\.(?P<leaf>{_LEAVES})")
-_NUMBERED = re.compile(rf"(?P<owner>(?:.*\.)?experts)\.(?P<index>\d{{1,6}})\.(?P<leaf>{_LEAVES})")
-OF_MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+_WHOLE = re.compile(rf"(?P<owner>(?:.*\.)?experts)\.(?P<leaf>{LEAVES})")
 
 
 @dataclass
@@ -129,7 +127,7 @@ def _sorted(tensors: Mapping[str, TensorRef]) -> tuple[_Projections, dict[str, T
             rest[name] = tensor
     for name in list(rest):
         path, part = factor(name) or ("", "")
-        numbered = _NUMBERED.fullmatch(path)
+        numbered = SINGLE.fullmatch(path)
         if numbered is None:
             continue
         parts = sides.get(numbered["owner"], {}).get(numbered["leaf"], {})
@@ -173,6 +171,8 @@ def _count(owner: str, projections: Mapping[str, Mapping[str, _Side]], folder: P
             path=folder,
             tensor=owner,
             expected="a factor with a first axis of the number of experts",
+            hint="Where a layer has one expert, name its factors as its own, without the first "
+            f"axis: {owner}.0.{next(iter(projections))}",
         )
     for leaf, parts in projections.items():
         if {side.experts for side in parts.values()} == {1}:

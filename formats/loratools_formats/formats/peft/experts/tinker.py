@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from loratools_formats.core.adapter import ExpertLayout
+from loratools_formats.core.expert_names import OF_MIXTRAL
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.formats.peft.experts.layout import (
@@ -31,7 +32,6 @@ _HEAD = re.compile(r"(?:.*\.)?unembed_tokens|model\.lm_head")
 _TELLING = re.compile(r"(?:.*\.)?(?:unembed_tokens|linear_attn\.in_proj_[qkv])")
 _OF_NEMOTRON = re.compile(r"(?P<owner>(?:.*\.)?mixer)\.(?P<leaf>gate_proj|x_proj)")
 """Parts of Nemotron's projection. Mamba's mixer has an `x_proj` of its own, and no `gate_proj`."""
-GATED = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 UNGATED = {"w1": "up_proj", "w2": "down_proj"}
 _ATTENTION = re.compile(r"(?P<before>.*\.layers\.\d+)\.attn\.(?P<leaf>[qkvo]_proj)")
 
@@ -87,7 +87,7 @@ def _read(found: Plain, folder: Path) -> Plain:
         path, part = factor(name) or ("", "")
         expert, attention = _EXPERT.fullmatch(path), _ATTENTION.fullmatch(path)
         if expert is not None and len(tensor.shape) != 2:
-            leaves = UNGATED if expert["owner"] in ungated else GATED
+            leaves = UNGATED if expert["owner"] in ungated else OF_MIXTRAL
             if expert["leaf"] in leaves:
                 moved[path] = [f"{expert['owner']}.{leaves[expert['leaf']]}"]
                 made[named(moved[path][0], part)] = tensor
