@@ -23,6 +23,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import loratools as lt
+from loratools.algebra.joint import Triplets
+from loratools.operations.shared.survey import survey
 
 TYPES = {"f16": np.dtype("f2"), "bf16": np.dtype(ml_dtypes.bfloat16), "f32": np.dtype("f4")}
 NAMES = [
@@ -373,3 +375,46 @@ def test_a_bias_that_float32_does_not_hold_is_refused(tmp_path):
     (tmp_path / "in" / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(lt.LoratoolsError, match=r"4 values do not fit dtype F32.*lora_B\.bias"):
         lt.to_lora(tmp_path / "in", base=tmp_path / "base", rank=2)
+
+
+@EXAMPLES
+@given(st.data(), TYPE, ALPHA, st.integers(1, 3))
+def test_what_is_shared_is_as_far_from_the_changes_as_it_says(data, given_type, alpha, rank):
+    with folder() as here:
+        dtype_in = TYPES[given_type]
+        first = data.draw(modules(dtype_in))
+        one, of_one = write(here / "one", first, alpha)
+        two, of_two = write(here / "two", {n: (b[::-1], a) for n, (b, a) in first.items()}, 1e-20)
+        place = here / "set.safetensors"
+        made = outcome(lambda: lt.fleet_share([one, two], rank=rank, workers=1, output=place))
+        if made is None:
+            return
+        for member in made.adapters:
+            truth = of_one if member.name == "one" else of_two
+            fellows = [each.name for each in made.adapters if each.group == member.group]
+            found = shared(place, member.group, fellows.index(member.name))
+            assert_distance(truth, found, member.relative_error)
+
+
+def shared(place, group, index):
+    """Return the changes of a member of a group of a set, in float64; no code of ours."""
+    tensors = {key: value.astype(np.float64) for key, value in load_file(place).items()}
+    found = {}
+    for key, cores in tensors.items():
+        if key.startswith(f"cores.{group}."):
+            name = key.removeprefix(f"cores.{group}.")
+            u, v = tensors[f"basis.{group}.u.{name}"], tensors[f"basis.{group}.v.{name}"]
+            found[name] = u @ cores[index] @ v
+    return found
+
+
+@pytest.mark.parametrize("size", [1e-90, 1e-70, 1.0, 1e70, 1e80])
+def test_spaces_are_compared_where_the_fourth_power_of_a_norm_is_no_number(size):
+    one = Triplets(np.eye(4, 2), np.ones(2), np.eye(5, 2))
+    same = Triplets(one.u, np.full(2, size), one.v)
+    other = Triplets(np.eye(4)[:, 2:], np.full(2, size), np.eye(5)[:, 2:4])
+    found = survey("m", lambda _: [[one], [same], [other]], 1, with_overlaps=True).overlaps
+    assert found is not None
+    assert np.isfinite(found).all()
+    alike = 1.0 if 1e-80 < size < 1e76 else 0.0
+    np.testing.assert_allclose(found[0], [1.0, alike, 0.0], atol=1e-12)

@@ -12,7 +12,8 @@ MEANINGS = {
     "0": "Done. `check` found nothing, `verify` found the adapter, `replay` made equal bytes.",
     "1": "Found or failed: `check` found something, `verify` found a difference, `replay` made "
     "other bytes, an error is above `--max-error`, or one of several adapters failed.",
-    "2": "Usage or bad input: an option, a path or a file is wrong. Nothing was written.",
+    "2": "Usage or bad input: an option, a path or a file is wrong. Nothing was written; "
+    "a fleet keeps what it had finished.",
     "3": "Could not be checked: `check`, also that of `push`, could not look at an adapter, "
     "`verify` cannot tell, or `replay` lacks an input.",
     "130": "Interrupted with Ctrl-C. No output is half written; those that were finished, as of "

@@ -41,6 +41,7 @@ from loratools_formats.disk.errors import (
     UnfitError,
     UnknownFormatError,
 )
+from loratools_formats.disk.provenance import PROVENANCE_FILE
 from loratools_formats.disk.temporaries import temporary_folder
 
 _Published = Annotated[str | os.PathLike[str] | Adapter, Wanted("adapter", beside="all")]
@@ -237,6 +238,7 @@ class _Prepared:
     left_out: tuple[str, ...]
     card_diff: str
     title: str
+    stale: tuple[str, ...]
 
 
 def _prepared(
@@ -256,7 +258,11 @@ def _prepared(
     inside = target.reference.inside
     made: dict[str, bytes] = {}
     diff = ""
-    records = records_of(path)
+    told = records_of(path)
+    records = told.found
+    if told.stale:
+        kept = {n: p for n, p in found.files.items() if not n.endswith(PROVENANCE_FILE)}
+        found = replace(found, files=kept)
     if not options.no_card:
         picture = None if adapter is None else picture_of(adapter, target.reference.repo, folder)
         if picture is not None:
@@ -291,7 +297,7 @@ def _prepared(
     placed = {f"{inside}/{name}" if inside else name: each for name, each in contents.items()}
     operation = records[-1].get("operation") if records else None
     title = options.message or (f"Publish the result of {operation}" if operation else "Publish")
-    return _Prepared(placed, found.left_out, diff, f"{title} with loratools")
+    return _Prepared(placed, found.left_out, diff, f"{title} with loratools", told.stale)
 
 
 def _published(
@@ -307,6 +313,9 @@ def _published(
     if made.left_out:
         text = f"not published, since loratools does not know them: {', '.join(made.left_out)}"
         findings.append(Finding("foreign-files", "note", made.left_out[0], text))
+    for name in made.stale:
+        text = f"{name} is not the file that its statement is about, which is not published"
+        findings.append(Finding("stale-statement", "warning", name, text))
     done = upload.Published(there.head, None, None, False)
     if not writing.dry_run:
         done = upload.publish(target, made.contents, there, options.message or made.title)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from loratools.hub.facts import is_hub_name
 from loratools.hub.front_matter import values_of
 from loratools.hub.options import PushOptions
 from loratools.hub.references import Reference, parse_target
+from loratools.operations.provenance import changed
+from loratools.work.history import tells_how
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import (
     LoratoolsError,
@@ -52,7 +54,7 @@ def card_before(
 def base_model_of(
     adapter: Adapter | None,
     card: bytes | None,
-    records: list[Mapping[str, Any]],
+    records: Sequence[Mapping[str, Any]],
     options: PushOptions,
 ) -> str | None:
     """Return the base model's name: as it was given, as the card has it, as the adapter has it."""
@@ -87,11 +89,27 @@ def licence_of(base: str | None, card: bytes | None) -> dict[str, str]:
     return {}
 
 
-def records_of(path: Path) -> list[Mapping[str, Any]]:
-    """Return the predicates that tell how an output was made, the oldest first."""
+@dataclass(frozen=True)
+class Records:
+    """What the statement of an output tells.
+
+    Attributes:
+        found: the predicates that tell how it was made, the oldest first.
+        stale: weights that the statement is not about, though it names them; it then tells nothing.
+    """
+
+    found: Sequence[Mapping[str, Any]]
+    stale: tuple[str, ...] = ()
+
+
+def records_of(path: Path) -> Records:
+    """Return what the statement beside or inside an output tells, if it is about its weights."""
     place = path / PROVENANCE_FILE if path.is_dir() else Path(f"{path}.{PROVENANCE_FILE}")
-    found = read_statement(place)
-    return [] if found is None else list(_unfolded(found["predicate"]))
+    statement = read_statement(place)
+    if statement is None:
+        return Records(())
+    stale = tuple(filter(tells_how, changed(statement, path)))
+    return Records(() if stale else list(_unfolded(statement["predicate"])), stale)
 
 
 def _unfolded(predicate: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -123,6 +123,7 @@ def test_a_scheduler_that_is_not_there_is_told_in_one_line(adapters, tmp_path):
     code, _, err = run(*given, *RANK, cwd=tmp_path)
     assert code == 2
     assert err.startswith("error: the scheduler cannot be reached")
+    assert not (tmp_path / "out").exists(), "exit 2 says that nothing was written"
 
 
 def test_poison_in_a_local_cluster(tmp_path):

@@ -2,15 +2,21 @@
 
 import re
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import Layer, LowRank, ModuleChange
 from loratools_formats.core.peft_patterns import PatternsOf
+from loratools_formats.core.tensors import in_memory
 from loratools_formats.disk.errors import AdapterError
 from loratools_formats.formats.peft import patterns
-from loratools_formats.formats.peft.patterns import match_patterns
+from loratools_formats.formats.peft.loading import loading_findings
+from loratools_formats.formats.peft.patterns import match_patterns, matching
+from loratools_formats.formats.peft.targets import narrowed_config
 
 NAMES = st.text("ab.1_", min_size=1, max_size=8)
 PLAIN_KEYS = st.from_regex(re.compile(r"\^?([ab1_.-]|\\[.-]){1,6}", re.ASCII), fullmatch=True)
@@ -27,6 +33,35 @@ def test_plain_patterns_as_peft(keys, names):
         for name in names
         if any(re.match(rf"(.*\.)?({key})$", name) for key in keys)
     }
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    keys=st.lists(PLAIN_KEYS, max_size=5, unique=True),
+    names=st.lists(NAMES, max_size=5, unique=True),
+)
+def test_patterns_that_match_any_name(keys, names):
+    assert matching(keys, names) == {
+        key for key in keys if any(re.match(rf"(.*\.)?({key})$", name) for name in names)
+    }
+
+
+def test_a_pattern_and_a_target_for_each_of_thousands_of_experts(monkeypatch):
+    """All are looked up at once: one by one, 20,000 patterns and modules take minutes."""
+    names = [f"model.layers.{i // 64}.mlp.experts.{i % 64}.up_proj" for i in range(20_000)]
+    a, b = (in_memory("x", np.zeros(shape, "f4")) for shape in ((1, 2), (3, 1)))
+    change = ModuleChange(LowRank(a, b, 1.0, Layer("linear")))
+    config = {
+        "rank_pattern": dict.fromkeys([*names, "nowhere"], 1),
+        "target_modules": [*names, "nothing"],
+    }
+    adapter = Adapter("peft", None, dict.fromkeys(names, change), config=config)
+    monkeypatch.setattr(patterns, "match_patterns", None)
+    found = {each.code: each.message for each in loading_findings(adapter)}
+    assert set(found) == {"pattern-unmatched", "target-without-tensors"}
+    assert found["pattern-unmatched"].endswith(": nowhere")
+    assert "names nothing," in found["target-without-tensors"]
+    assert set(narrowed_config(adapter)["rank_pattern"]) == set(names)
 
 
 def test_regular_expressions_as_peft():

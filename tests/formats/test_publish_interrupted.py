@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from loratools_formats.disk import publish, renames
+from loratools_formats.disk.files import RegularFile
 from loratools_formats.disk.publish import publish_folder, publish_with
 
 # Between opening a file and the `with` that closes it, only the end of the process does.
@@ -107,3 +108,23 @@ def test_a_folder(replaces, exchanges, tmp_path, monkeypatch):
                 (temporary / name).write_bytes(b"new")
 
     never_between(work, old, new, tmp_path)
+
+
+def test_a_file_that_was_closed_is_not_closed_again(tmp_path, monkeypatch):
+    """A signal after the system has closed it: its number may be another file's by now."""
+    (tmp_path / "x").write_bytes(b"x")
+    file = RegularFile(tmp_path / "x")
+    closed = []
+
+    def close(descriptor):
+        closed.append(descriptor)
+        close_it(descriptor)
+        raise KeyboardInterrupt
+
+    close_it = os.close
+    monkeypatch.setattr(os, "close", close)
+    with pytest.raises(KeyboardInterrupt):
+        file.close()
+    file.close()
+    del file
+    assert len(closed) == 1

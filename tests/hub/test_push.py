@@ -644,6 +644,28 @@ def test_every_step_of_the_card_has_its_error_and_sizes(hub, tmp_path):
     assert all("B" in row[5] for row in rows.values())
 
 
+def test_a_statement_about_other_weights_is_neither_told_nor_published(hub, small, tmp_path):
+    """Somebody has put other weights into the folder, or an edited configuration."""
+    config = small / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"inference_mode": True}))
+    made = lt.push(small, "me/edited", create=True)
+    assert "provenance.json" in {file.path for file in made.files}
+    assert not [each for each in made.findings if each.code == "stale-statement"]
+    for name in ("adapter_config.json", WEIGHTS):
+        shutil.copyfile(RSLORA / name, small / name)
+    made = lt.push(small, "me/other", create=True, no_check=True)
+    assert "provenance.json" not in published(hub, "me/other")
+    assert "squeeze" not in published(hub, "me/other")["README.md"].decode()
+    (told,) = [each for each in made.findings if each.code == "stale-statement"]
+    assert told.where == WEIGHTS
+    lt.convert(LORA, to="gguf", base=MODEL, output=tmp_path / "x.gguf")
+    (tmp_path / "y.gguf").write_bytes((tmp_path / "x.gguf").read_bytes())
+    lt.convert(RSLORA, to="gguf", base=MODEL, output=tmp_path / "x.gguf", overwrite=True)
+    shutil.copyfile(tmp_path / "y.gguf", tmp_path / "x.gguf")
+    made = lt.push(tmp_path / "x.gguf", "me/gguf", create=True, no_check=True)
+    assert {file.path for file in made.files} == {"x.gguf", "README.md", "spectrum.png"}
+
+
 def test_rewritten_weights_tell_of_their_last_operation_alone(tmp_path):
     from safetensors import safe_open
 

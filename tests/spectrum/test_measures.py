@@ -1,6 +1,7 @@
 """Every measure equals the dense computation in float64."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from numpy.testing import assert_allclose
 
 from loratools.algebra.clusters import clusters, leaves, linkage
 from loratools.algebra.measures import concentration, knee, kurtosis, measures
-from loratools.algebra.outliers import robust_z, scores_in_families, theil_sen
+from loratools.algebra.outliers import OUTLIER, robust_z, scores_in_families, theil_sen
 from loratools.algebra.subspaces import (
     entry_measures,
     overlap,
@@ -123,6 +124,23 @@ def test_kurtosis_is_that_of_all_entries():
     dense = thin.b @ thin.a
     expected = dense.size * np.sum(dense**4) / np.sum(dense**2) ** 2
     assert_allclose(kurtosis(thin, 2.0)[0], expected)
+
+
+def test_a_family_of_many_experts_takes_memory_in_proportion():
+    """256 experts of 58 layers, stored one by one: 110 million pairs."""
+    rng, count = np.random.default_rng(0), 256 * 58
+    y = 3.0 - 2e-4 * np.arange(count) + 0.1 * rng.standard_normal(count)
+    y[::5] += 50.0
+    tracemalloc.start()
+    slope, intercept = theil_sen(y)
+    scores = robust_z(y)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100 * y.nbytes
+    assert slope == pytest.approx(-2e-4, rel=0.02)
+    assert intercept == pytest.approx(3.0, abs=0.1)
+    assert (scores[::5] > OUTLIER).all()
+    assert np.median(np.abs(scores)) < 1.0
 
 
 def test_the_trend_is_the_one_of_scipy():

@@ -135,9 +135,9 @@ class _Output:
 
     def close(self) -> None:
         with self._closing:
-            if self.fd >= 0:
-                os.close(self.fd)
-                self.fd = -1
+            descriptor, self.fd = self.fd, -1
+            if descriptor >= 0:
+                os.close(descriptor)
 
 
 class _TensorSink:

@@ -36,6 +36,7 @@ CODES: Mapping[str, str] = {
     "weights-renamed": "the weights have another name than PEFT gives them",
     "weights-twice": "there are pickled weights beside safetensors, which are ignored",
     "foreign-files": "the folder has files that are not part of the adapter",
+    "stale-statement": "the statement beside weights is about others",
     "unreadable-attachment": "an entry beside the adapter is not a regular file",
     "nested-adapters": "sub-folders hold further adapters",
     "training-only": "tensors that are used in training only are carried along",

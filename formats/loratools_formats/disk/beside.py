@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from loratools_formats.disk.errors import OutputError, OutputExistsError
-from loratools_formats.disk.renames import has_become, take_new_name, unlink
-from loratools_formats.disk.temporaries import temporary_beside
+from loratools_formats.disk.errors import LoratoolsError, OutputError, OutputExistsError
+from loratools_formats.disk.renames import has_become, rename_new, take_new_name, unlink
+from loratools_formats.disk.temporaries import marked_beside
 
 _LARGEST_BYTES = 64 << 20
 
@@ -54,62 +54,96 @@ def _holds(path: Path, nbytes: int, mark: bytes) -> bool:
 
 @dataclass(frozen=True)
 class Beside:
-    """One file that is put beside an output.
+    """One file that is put beside an output, whose statement never lies beside another output.
 
-    `take_back` finds out from the disk how far `put` came, since a signal may stop it anywhere.
+    It is written first, under a temporary name. Then what lies in its place goes aside, the output
+    gets its name, and the file its place: a process that is killed meanwhile leaves an output
+    without the file, and the next run puts the right one there (`temporaries`). The other methods
+    find out from the disk how far that came, since a signal may stop it anywhere.
 
     Attributes:
         place: where it is to lie.
         content: its bytes.
-        replaces: whether a file of ours lies there.
         temporary: its name before it has its place.
         aside: the name of what it replaces, until that is taken back or removed.
     """
 
     place: Path
     content: bytes
-    replaces: bool
     temporary: Path
     aside: Path
 
     @classmethod
-    def of(cls, place: Path, content: bytes) -> Beside:
-        """Choose the names of a file; nothing is written yet."""
-        names = temporary_beside(place), temporary_beside(place)
-        return cls(place, content, os.path.lexists(place), *names)
+    def of(cls, place: Path, content: bytes, output: Path) -> Beside:
+        """Choose the names of a file; nothing is written yet.
 
-    def put(self) -> None:
-        """Write the file, flush it, and rename it to its place; what is there goes aside.
+        Args:
+            place: where it is to lie.
+            content: its bytes.
+            output: the temporary name of the output that it belongs to.
+        """
+        new, old = (marked_beside(place, output, mark) for mark in ("new", "old"))
+        return cls(place, content, new, old)
+
+    def write(self) -> None:
+        """Write the file under its temporary name, and flush it.
 
         Raises:
-            OutputExistsError: something appeared there meanwhile.
             OSError: the system refused.
         """
         with open(self.temporary, "xb") as file:
             file.write(self.content)
             file.flush()
             os.fsync(file.fileno())
-        if self.replaces:
+
+    def withdraw(self) -> None:
+        """Let what lies in its place go aside.
+
+        Raises:
+            OSError: the system refused.
+        """
+        with contextlib.suppress(FileNotFoundError):
             os.rename(self.place, self.aside)
-        take_new_name(self.temporary, self.place, self.place)
 
-    def keep(self) -> None:
-        """Remove what was replaced."""
-        if self.replaces:
-            with contextlib.suppress(OSError):
-                unlink(self.aside)
+    def put(self) -> None:
+        """Give the file its place, unless it has it; once more if the system refused.
 
-    def take_back(self) -> None:
-        """Leave what lay there before."""
-        with contextlib.suppress(OSError):
-            if os.path.lexists(self.aside):
-                os.replace(self.aside, self.place)
-            elif not self.replaces and self._is_there:
-                self.place.unlink()
-        with contextlib.suppress(OSError):
-            self.temporary.unlink()
+        Raises:
+            OutputError: something lies there, or the system refused. The output is in place.
+        """
+        for tries_left in (1, 0):
+            try:
+                if not self._is_there:
+                    take_new_name(self.temporary, self.place, self.place)
+            except (OSError, OutputExistsError) as error:
+                if tries_left:
+                    continue
+                raise OutputError(
+                    "the output is in place, but the file beside it is not: "
+                    f"{getattr(error, 'strerror', None) or error}",
+                    path=self.place,
+                ) from error
+            return
 
     @property
     def _is_there(self) -> bool:
         written = has_become(self.temporary, self.place)
         return written and self.place.read_bytes() == self.content
+
+
+def end_beside(files: Sequence[Beside], *, published: bool) -> None:
+    """Put files beside an output in their places, or leave there what lay there before.
+
+    Args:
+        files: the files.
+        published: whether the output has got its name.
+    """
+    for one in files:
+        with contextlib.suppress(OSError, LoratoolsError):
+            if published:
+                one.put()
+            elif os.path.lexists(one.aside):
+                rename_new(one.aside, one.place)
+            for leftover in (one.temporary, one.aside):
+                if os.path.lexists(leftover):
+                    unlink(leftover)

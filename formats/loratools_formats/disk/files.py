@@ -220,9 +220,9 @@ class RegularFile:
 
     def close(self) -> None:
         """Close the descriptor; later reads fail."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        descriptor, self._fd = self._fd, -1  # first: a signal may come after the system closed it
+        if descriptor >= 0:
+            os.close(descriptor)
 
     def __del__(self) -> None:
         self.close()

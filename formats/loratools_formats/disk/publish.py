@@ -3,8 +3,10 @@
 A file or folder is built under a temporary name beside its destination, flushed to the disk,
 checked by its maker, then renamed: over nothing, unless what is there may be replaced. Whoever
 looks sees the old output or the new one. Files that belong beside an output that is one file are
-part of it: they are checked before any work, made before the rename, and taken back if it fails. A
-killed process leaves at most temporaries, which `temporaries` describes.
+part of it: they are checked before any work, and made before the rename. Two names cannot change at
+once, so the old ones go before it, and the new ones get their places after it: an output never lies
+beside the statement of another. A killed process leaves at most temporaries, which `temporaries`
+describes, and an output without its statement until the next run.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from loratools_formats.disk.beside import Beside, check_beside
+from loratools_formats.disk.beside import Beside, check_beside, end_beside
 from loratools_formats.disk.errors import LoratoolsError, OutputError, OutputExistsError
+from loratools_formats.disk.locks import locked
 from loratools_formats.disk.renames import appeared, exchange, has_become, take_new_name, unlink
 from loratools_formats.disk.temporaries import is_temporary, temporary_beside
 
@@ -89,25 +92,46 @@ def publish_with(
             if not flushed_later:
                 sync_file(temporary)
             for name, content in contents.items():
-                if content:
-                    one = Beside.of(Path(f"{os.fspath(path)}.{name}"), bytes(content))
-                    placed.append(one)  # first, since a signal may come between any two steps
-                    one.put()
-            if overwrite:
-                os.replace(temporary, target)
+                place = Path(f"{os.fspath(path)}.{name}")
+                placed += [Beside.of(place, bytes(content), temporary)] if content else []
+            for one in placed:
+                one.write()
+            if placed:
+                with locked(target.parent):
+                    _refuse_appeared(path, target, beside, overwrite)
+                    for one in placed:
+                        one.withdraw()
+                    _take_name(temporary, target, path, overwrite)
+                    for one in placed:
+                        one.put()
             else:
-                take_new_name(temporary, target, path)
-            for one in placed:
-                one.keep()
+                _take_name(temporary, target, path, overwrite)
+            end_beside(placed, published=True)
         except BaseException:
-            published = bool(placed) and has_become(temporary, target)
-            for one in placed:
-                one.keep() if published else one.take_back()
+            end_beside(placed, published=has_become(temporary, target))
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
     if not flushed_later:
         _make_durable(path, target)
+
+
+def _refuse_appeared(
+    path: str | os.PathLike[str], target: Path, beside: Mapping[str, bytes], overwrite: bool
+) -> None:
+    """Raise `OutputExistsError` of what came since the work began, and may not be replaced."""
+    if not overwrite and os.path.lexists(target):
+        raise appeared(path)
+    check_beside(path, beside, overwrite=overwrite)
+
+
+def _take_name(
+    temporary: Path, target: Path, path: str | os.PathLike[str], overwrite: bool
+) -> None:
+    if overwrite:
+        os.replace(temporary, target)
+    else:
+        take_new_name(temporary, target, path)
 
 
 def check_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:

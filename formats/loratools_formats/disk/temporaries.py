@@ -17,14 +17,18 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from loratools_formats.disk.errors import OutputError
+from loratools_formats.disk.locks import locked
+from loratools_formats.disk.renames import has_become, rename_new
 
 _MARK = ".loratools-"
 _NAME_LIMIT_BYTES = 255
-_TEMPORARY = re.compile(rf"(\..*){re.escape(_MARK)}(\d+)-([0-9a-f]{{4}})[0-9a-f]{{4}}", re.DOTALL)
+_TEMPORARY = re.compile(
+    rf"(\..*){re.escape(_MARK)}(\d+)-([0-9a-f]{{4}})([0-9a-f]{{4}})(-new|-old)?", re.DOTALL
+)
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -39,6 +43,29 @@ def temporary_beside(target: Path) -> Path:
     _remove_stale(target.parent, stem)
     name = target.parent / f"{stem}{suffix}"
     return temporary_beside(target) if os.path.lexists(name) else name
+
+
+def marked_beside(place: Path, output: Path, mark: str) -> Path:
+    """Return the temporary name of a file that belongs beside an output.
+
+    Where the output gets its name in another folder, or the name is too long, it is one of which
+    nothing can be told: the next run removes it.
+
+    Args:
+        place: where the file lies, or will.
+        output: the temporary name of the output.
+        mark: new or old.
+
+    Raises:
+        OutputError: the folder cannot be listed.
+    """
+    match = _TEMPORARY.fullmatch(output.name)
+    assert match is not None
+    name = f".{place.name}{output.name[len(match[1]) :]}-{mark}"
+    is_near = os.path.realpath(place.parent) == os.fspath(output.parent)
+    if not is_near or len(os.fsencode(name)) > _NAME_LIMIT_BYTES:
+        return temporary_beside(place)
+    return place.parent / name
 
 
 def is_temporary(path: Path) -> bool:
@@ -85,17 +112,43 @@ def _remove_stale(folder: Path, stem: str) -> None:
         entries = list(os.scandir(folder))
     except OSError as error:
         raise OutputError(f"cannot write there: {error.strerror}", path=folder) from error
+    stale: dict[str, re.Match[str]] = {}
     for entry in entries:
         match = _TEMPORARY.fullmatch(entry.name) if _MARK in entry.name else None
-        if match is None or (match[1] != stem and match[3] != _machine()):
+        if match is None or _is_running(int(match[2])):
             continue
-        if _is_running(int(match[2])):
-            continue
-        if entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path, ignore_errors=True)
+        belongs = match[1] == stem or (match[5] and match[1].startswith(f"{stem}."))
+        if belongs or match[3] == _machine():
+            stale[entry.name] = match
+    if any(match[5] for match in stale.values()):
+        with locked(folder):
+            _end_publishing(folder, stale)
+    for name in stale:
+        place = folder / name
+        if place.is_dir() and not place.is_symlink():
+            shutil.rmtree(place, ignore_errors=True)
         else:
             with contextlib.suppress(OSError):
-                os.unlink(entry.path)
+                os.unlink(place)
+
+
+def _end_publishing(folder: Path, stale: Mapping[str, re.Match[str]]) -> None:
+    """Put files beside outputs where they belong, by how far killed processes came."""
+    unnamed = {
+        _run(match)
+        for name, match in stale.items()
+        if not match[5] and not has_become(folder / name, folder / match[1][1:])
+    }
+    for name, match in stale.items():
+        wanted = "-old" if _run(match) in unnamed else "-new"
+        if match[5] == wanted and (folder / name).is_file():
+            with contextlib.suppress(OSError):  # something lies there
+                rename_new(folder / name, folder / match[1][1:])
+
+
+def _run(match: re.Match[str]) -> tuple[str, ...]:
+    """Return what the temporaries of one output and those beside it have in common."""
+    return match[2], match[3], match[4]
 
 
 def _is_running(pid: int) -> bool:

@@ -95,7 +95,10 @@ def survey(
     overlaps = np.zeros(total.shape[1:])
     for side in total:
         sizes = np.sqrt(side.diagonal())
-        overlaps += side / np.where(sizes > 0.0, np.outer(sizes, sizes), 1.0)
+        sizes[sizes == 0.0] = 1.0
+        # A change whose fourth power is no number of float64 is like no other.
+        with np.errstate(invalid="ignore"):
+            overlaps += np.nan_to_num(side / sizes / sizes[:, None], posinf=0.0)
     return Survey(squared_norms, np.clip(overlaps / len(total), 0.0, 1.0))
 
 
@@ -113,6 +116,7 @@ def _products(loaded: Sequence[list[Triplets] | None]) -> Array:
         places = np.ix_([present[k] for k in kept], [present[k] for k in kept])
         for side, bases in enumerate(([o.u for o in matrices], [o.v for o in matrices])):
             gram = gram_in_single(np.concatenate(bases, axis=1)) * np.outer(scale, scale)
-            sums = np.add.reduceat(gram * gram, starts[kept], axis=0)
-            found[side][places] += np.add.reduceat(sums, starts[kept], axis=1)
+            with np.errstate(over="ignore"):  # of what fits no type that is written
+                sums = np.add.reduceat(gram * gram, starts[kept], axis=0)
+                found[side][places] += np.add.reduceat(sums, starts[kept], axis=1)
     return found

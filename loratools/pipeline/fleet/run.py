@@ -246,6 +246,7 @@ class Plan:
         if self._store is not None:
             call = self._verb.recorded(self._settings)
             manifest = Manifest(self._store, self._verb.name, self._part, dict(call.options))
+        is_new = self._store is not None and self._store.is_new()
         mine = self._begin()
         saved = time.monotonic()
         tasks = self._ordered(first=mine)
@@ -267,10 +268,12 @@ class Plan:
         finally:
             running.close()
             try:
-                if manifest is not None:
+                if manifest is not None and ended:
                     manifest.write(ended, names)
             finally:
                 self._end(first=mine)
+                if self._store is not None and is_new and not ended:
+                    self._store.drop()
 
     def _begin(self) -> bool:
         """Return whether this launcher is the first at this shard, as far as marks tell."""

@@ -102,6 +102,13 @@ class Store(ABC):
     def remove(self, name: str) -> None:
         """Remove a small file, if it is there."""
 
+    def is_new(self) -> bool:
+        """Return whether the place itself is not there yet."""
+        return False
+
+    def drop(self) -> None:  # noqa: B027 - only a folder can be there and empty
+        """Remove the place itself, if it is there and empty."""
+
 
 def store_of(place: str | os.PathLike[str]) -> Store:
     """Return the store at a path or an address.
@@ -202,6 +209,15 @@ class Folder(Store):
                 if OWN not in folder.relative_to(self.path).parts:
                     break
                 folder.rmdir()
+
+    def is_new(self) -> bool:
+        """Return whether the folder is not there yet."""
+        return not os.path.lexists(self.path)
+
+    def drop(self) -> None:
+        """Remove the folder, if it is there and empty."""
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
 
 
 class Remote(Store):

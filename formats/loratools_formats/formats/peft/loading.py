@@ -8,7 +8,7 @@ to no layer with a warning. Source: `check_target_module_exists` in peft/tuners/
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,9 @@ from loratools_formats.core.findings import Finding
 from loratools_formats.core.peft_facts import ALL_LINEAR, refused_modules
 from loratools_formats.disk.errors import AdapterError
 from loratools_formats.formats.peft import keys
-from loratools_formats.formats.peft.patterns import match_patterns
+from loratools_formats.formats.peft.patterns import is_plain, match_patterns, matching
 
 _LAYER_NUMBER = re.compile(r".*\.[^.]*\.(\d+)\.")
-_WORD = re.compile(r"\w+")
 _SLOW_PATTERNS = 16
 """Most regular expressions that are matched one by one, each in a process of its own."""
 
@@ -86,7 +85,8 @@ def _not_targeted(values: Mapping[str, Any], names: list[str]) -> list[str]:
     numbers = values.get("layers_to_transform")
     if numbers not in (None, []) and not isinstance(target, str):
         wanted = numbers if isinstance(numbers, list) else [numbers]
-        chosen = {name for name in chosen if name in target or _number(name) in wanted}
+        listed = {each for each in target if isinstance(each, str)}
+        chosen = {name for name in chosen if name in listed or _number(name) in wanted}
     missed = [name for name in names if name not in chosen or name in excluded]
     # PEFT then makes a layer for the other end of a tied embedding, too.
     if values.get("ensure_weight_tying") and any(is_vocabulary(name) for name in chosen):
@@ -98,8 +98,15 @@ def _named(what: Any, names: list[str]) -> set[str]:
     """Return the names that a regular expression matches whole, or that end in a listed name."""
     if isinstance(what, str):
         return set(match_patterns({f"^(?:{what})": 1}, names, None))
-    ends = tuple(f".{each}" for each in what if isinstance(each, str))
-    return {name for name in names if f".{name}".endswith(ends)}
+    listed = {each for each in what if isinstance(each, str)}
+    return {name for name in names if not listed.isdisjoint(_ends(name))}
+
+
+def _ends(name: str) -> Iterator[str]:
+    """Yield a name, and what of it follows each dot."""
+    yield name
+    for dot in re.finditer(r"\.", name):
+        yield name[dot.end() :]
 
 
 def _number(name: str) -> int | None:
@@ -116,12 +123,8 @@ def _targets_without_tensors(values: Mapping[str, Any], names: list[str]) -> lis
     target = values.get("target_modules")
     if not isinstance(target, list) or values.get("target_parameters"):
         return []
-    last = {name.rpartition(".")[2] for name in names}
-    idle = sorted(
-        each
-        for each in target
-        if isinstance(each, str) and each not in last and not _named([each], names)
-    )
+    there = {end for name in names for end in _ends(name)}
+    idle = sorted(each for each in target if isinstance(each, str) and each not in there)
     if not idle:
         return []
     text = f"target_modules names {', '.join(idle[:4])}, and the file has no module of that name"
@@ -138,9 +141,10 @@ def _unmatched(adapter: Adapter) -> list[Finding]:
     for key in ("rank_pattern", "alpha_pattern"):
         given = adapter.config.get(key)
         patterns = list(given) if isinstance(given, dict) else []
-        plain = [each for each in patterns if _WORD.fullmatch(each.replace(".", ""))]
-        slow = [each for each in patterns if each not in set(plain)][:_SLOW_PATTERNS]
-        idle = [each for each in (*plain, *slow) if not match_patterns({each: 1}, names, None)]
+        plain = [each for each in patterns if is_plain(each)]
+        slow = [each for each in patterns if not is_plain(each)][:_SLOW_PATTERNS]
+        matched = matching([*plain, *slow], names)
+        idle = [each for each in (*plain, *slow) if each not in matched]
         if idle:
             text = f"{key} has patterns that match no module: {', '.join(idle[:4])}"
             found.append(Finding("pattern-unmatched", "warning", key, text))

@@ -12,7 +12,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -74,7 +74,35 @@ def match_patterns(
     }
 
 
-_Tables = dict[tuple[bool, int, tuple[int, ...]], dict[str, int]]
+_Kind = tuple[bool, int, tuple[int, ...]]
+_Tables = dict[_Kind, dict[str, int]]
+
+
+def is_plain(pattern: str) -> bool:
+    """Return whether a pattern has literal characters and dots only, and can be looked up."""
+    return bool(_PLAIN.match(pattern)) and len(pattern) <= _MAX_PATTERN_CHARACTERS
+
+
+def matching(patterns: Iterable[str], names: list[str]) -> set[str]:
+    """Return the patterns that match any of some names.
+
+    Those of literal characters and dots are looked up all at once, however many there are; any
+    other is matched by itself, in a process of its own.
+
+    Raises:
+        AdapterError: a pattern is no regular expression, is too long or takes too long.
+    """
+    keys = list(patterns)
+    plain = [key for key in keys if is_plain(key)]
+    tables = _tables(plain)
+    reached = {index for name in names for index in _reached(tables, name)}
+    found = set()
+    for key in plain:
+        kind, text = _place(key)
+        if tables[kind][text] in reached:
+            found.add(key)
+    slow = set(keys) - set(plain)
+    return found | {key for key in keys if key in slow and match_patterns({key: 1}, names, None)}
 
 
 def _tables(keys: list[str]) -> _Tables:
@@ -85,30 +113,34 @@ def _tables(keys: list[str]) -> _Tables:
     """
     tables: _Tables = {}
     for index, key in enumerate(keys):
-        anchored = key.startswith("^")
-        characters = re.findall(r"\\?.", key.removeprefix("^"))
-        wild = tuple(i for i, c in enumerate(characters) if c == ".")
-        table = tables.setdefault((anchored, len(characters), wild), {})
-        table.setdefault("".join(c[-1] for c in characters), index)
+        kind, text = _place(key)
+        tables.setdefault(kind, {}).setdefault(text, index)
     return tables
+
+
+def _place(key: str) -> tuple[_Kind, str]:
+    """Return the table that a pattern belongs to, and the text that it has there."""
+    characters = re.findall(r"\\?.", key.removeprefix("^"))
+    wild = tuple(i for i, c in enumerate(characters) if c == ".")
+    return (key.startswith("^"), len(characters), wild), "".join(c[-1] for c in characters)
+
+
+def _reached(tables: _Tables, name: str) -> Iterator[int]:
+    """Yield the index of the first pattern in each table that matches a name."""
+    starts = [0, *(match.end() for match in re.finditer(r"\.", name))]
+    tails = {len(name) - start: name[start:] for start in starts}
+    for (anchored, length, wild), table in tables.items():
+        tail = tails.get(length)
+        if tail is None or (anchored and length != len(name)):
+            continue
+        index = table.get(blanked(tail, wild))
+        if index is not None:
+            yield index
 
 
 def _match_plain(tables: _Tables, names: list[str]) -> list[int]:
     """Return the index of the first pattern that matches each name, -1 where none does."""
-    none = sys.maxsize
-    result = []
-    for name in names:
-        starts = [0, *(match.end() for match in re.finditer(r"\.", name))]
-        tails = {len(name) - start: name[start:] for start in starts}
-        found = []
-        for (anchored, length, wild), table in tables.items():
-            tail = tails.get(length)
-            if tail is None or (anchored and length != len(name)):
-                continue
-            found.append(table.get(blanked(tail, wild), none))
-        best = min(found, default=none)
-        result.append(best if best < none else -1)
-    return result
+    return [min(_reached(tables, name), default=-1) for name in names]
 
 
 def matches_whole(pattern: str, name: str) -> bool:

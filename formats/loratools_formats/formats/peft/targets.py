@@ -17,7 +17,7 @@ from loratools_formats.core.peft_facts import replaced_name
 from loratools_formats.disk.errors import AdapterError
 from loratools_formats.formats.peft.config import MIDDLE_INITS, VARIANT_KEYS, is_set
 from loratools_formats.formats.peft.keys import setting_name
-from loratools_formats.formats.peft.patterns import match_patterns
+from loratools_formats.formats.peft.patterns import matching
 
 _NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
@@ -84,11 +84,8 @@ def narrowed_config(adapter: Adapter) -> Mapping[str, Any]:
     for key in ("rank_pattern", "alpha_pattern"):
         if values.get(key):
             names = [*map(setting_name, paths), *sorted(parameters)]
-            values[key] = {
-                pattern: value
-                for pattern, value in values[key].items()
-                if match_patterns({pattern: value}, names, None)
-            }
+            kept = matching(values[key], names)
+            values[key] = {each: value for each, value in values[key].items() if each in kept}
     return values
 
 
