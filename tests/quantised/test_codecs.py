@@ -564,6 +564,18 @@ def test_rows_of_bitsandbytes_in_eight_bits(dtype):
     assert {part.key for part in weight.parts} == set(tensors)
 
 
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [
+        ({}, "BF16"),
+        ({"dtype": None, "text_config": {"torch_dtype": "float16"}}, "F16"),
+        ({"torch_dtype": "bfloat16", "text_config": {"dtype": "float16"}}, "BF16"),
+    ],
+)
+def test_the_type_of_computing_may_be_said_of_the_parts_of_a_model(config, dtype):
+    assert stored({}, **config).dtype == dtype
+
+
 def test_rows_of_bitsandbytes_in_an_order_of_the_gpu_are_refused():
     tensors = {"x.weight": np.zeros((8, 32), np.int8), "x.SCB": np.ones(8, np.float32)}
     assert set(coded_weights(stored(tensors))) == {"x.weight"}

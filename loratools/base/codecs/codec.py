@@ -39,8 +39,12 @@ class Stored:
 
     @property
     def dtype(self) -> str:
-        """The type that the model computes in, BF16 unless its configuration says F16."""
-        stated = next((self.config[k] for k in DTYPE_KEYS if k in self.config), None)
+        """The type that the model computes in, BF16 unless its configuration says F16.
+
+        Configurations of models of several parts may say it of the parts alone.
+        """
+        parts = [part for part in self.config.values() if isinstance(part, Mapping)]
+        stated = next(filter(None, map(_stated_dtype, (self.config, *parts))), None)
         return "F16" if stated == "float16" else "BF16"
 
     def without(self, keys: Iterable[str]) -> Stored:
@@ -53,6 +57,10 @@ class Stored:
     def named(self, leaf: str) -> dict[str, TensorRef]:
         """Return the tensors whose names end in `leaf`, by the rest of the name."""
         return {k.removesuffix(leaf): t for k, t in self.tensors.items() if k.endswith(leaf)}
+
+
+def _stated_dtype(config: Mapping[str, Any]) -> object:
+    return next((config[key] for key in DTYPE_KEYS if config.get(key)), None)
 
 
 @dataclass(frozen=True)
