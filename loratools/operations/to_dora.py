@@ -171,7 +171,10 @@ def _one(
     delta = whole.require_factors()
     if delta.layer.kind == "experts" or delta.layer.parameters:
         raise UnsupportedError(
-            "stacked experts cannot be a DoRA, since PEFT has none for them", tensor=name
+            "stacked experts cannot be a DoRA, since PEFT has none for them",
+            tensor=name,
+            hint="Single experts can, which PEFT loads on transformers 4: loratools convert "
+            "ADAPTER --experts each --base BASE -o each",
         )
     place = find_base_module(names, in_base, delta, only_read=True)
     ((b, a),) = loaded(delta)
