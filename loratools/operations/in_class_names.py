@@ -16,7 +16,7 @@ from loratools.base.placement.class_view import class_view
 from loratools.base.placement.names import Names
 from loratools.base.placement.orient import stack_is_transposed
 from loratools.base.placement.pieces import is_whole, pieces, put_together
-from loratools.base.placement.place import module_placements, unmatched
+from loratools.base.placement.place import has_place, module_placements, unmatched
 from loratools.base.placement.sites import sites
 from loratools.base.placement.tied_head import with_tied_heads
 from loratools_formats.checkpoints import expert_classes
@@ -25,6 +25,7 @@ from loratools_formats.checkpoints.facts import DEFAULT_HEAD, head_of
 from loratools_formats.contract.commands import command_on
 from loratools_formats.core.adapter import Adapter, Replacement
 from loratools_formats.core.change import Layer, ModuleChange
+from loratools_formats.core.findings import Finding
 from loratools_formats.core.peft_facts import declared, replaced_name, targets
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
@@ -66,8 +67,8 @@ def in_class_names(
 def renamed_to_class(adapter: Adapter, base: Checkpoint) -> Adapter:
     """Return an adapter of PEFT whose modules have the class's names where only names differ.
 
-    Modules that the class divides otherwise stay as they are, as do those that the base lacks, and
-    all of them where two would become one.
+    Modules that the class divides otherwise stay as they are, and all of them where two would
+    become one. So do those that the base lacks, with a finding that says so.
     """
     if adapter.format != "peft":
         return adapter
@@ -75,6 +76,12 @@ def renamed_to_class(adapter: Adapter, base: Checkpoint) -> Adapter:
     if not names.has_class:
         return adapter
     modules = {_name_in_class(names, m, c): c for m, c in adapter.modules.items()}
+    absent = [m for m, c in adapter.modules.items() if not has_place(names, m, c)]
+    if absent:
+        several = f" and {len(absent) - 1} more are" if len(absent) > 1 else " is"
+        text = f"{absent[0]}{several} not in the base, where PEFT drops such changes"
+        told = Finding("not-in-base", "warning", absent[0], text)
+        adapter = replace(adapter, findings=(*adapter.findings, told))
     return _renamed(names, adapter, modules) if len(modules) == len(adapter.modules) else adapter
 
 

@@ -171,6 +171,7 @@ def to_lora(
         (
             *((complete.caution,) if complete.caution else ()),
             *_cautions(adapter),
+            *(told.message for told in adapter.findings if told.code == "not-in-base"),
             *_of_fused(work.opener.fused),
         ),
     )

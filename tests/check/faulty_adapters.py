@@ -220,6 +220,13 @@ def of_a_bare_body(path):
     return folder(path, bare)
 
 
+OF_MAMBA = (MODULES[0], MODULES[1].replace("v_proj", "out_proj"))
+
+
+def of_mamba(path):
+    return folder(path, tensors(OF_MAMBA), target_modules=["q_proj", "out_proj"])
+
+
 def unknown(path):
     return single(path, kohya(nobody_knows=np.ones(3, np.float32)))
 
@@ -431,7 +438,11 @@ CASES = {
     "LT218": (without_config, {"format": "safetensors"}),
     "LT409": lambda p: experts(p, lora_B_layout="grouped_by_expert"),
     "LT411": single_experts,
+    "LT414": lambda p: experts(p, lora_dropout=0.1),
     "LT412": (of_a_bare_body, {"base": base}),
+    "LT413": (of_mamba, {
+        "base": lambda p: base(p, modules=OF_MAMBA, model_type="mamba", architectures=[]),
+    }),
     "LT517": (lambda p: single_experts(p, shared=False), {"target": ["unsloth"]}),
     "LT508": (lambda p: folder(p, use_rslora=True), {"target": ["sglang"]}),
     "LT514": (lambda p: folder(p, init_lora_weights="pissa"), {"target": ["vllm"]}),

@@ -45,15 +45,15 @@ def folder(path, weights=None, card=CARD, without=(), **config):
     return path
 
 
-def base(path, *, shape=(OUT, IN), modules=MODULES, card=None):
+def base(path, *, shape=(OUT, IN), modules=MODULES, card=None, **config):
     """Write a base model and return its folder."""
     path.mkdir(parents=True, exist_ok=True)
     weights = {f"{name}.weight": np.ones(shape, np.float32) for name in modules}
     weights["model.embed_tokens.weight"] = np.ones((16, IN), np.float32)
     save_file(weights, path / "model.safetensors")
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 16,
+    values = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 16,
               "tie_word_embeddings": True}  # fmt: skip
-    (path / "config.json").write_text(json.dumps(config))
+    (path / "config.json").write_text(json.dumps(values | config))
     if card is not None:
         (path / "README.md").write_text(card)
     return path

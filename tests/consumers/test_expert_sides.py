@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny_models
 from expert_models import ROUNDING, Model, off
+from peft import LoraConfig, get_peft_model
 from safetensors.numpy import load_file
 
 import loratools as lt
@@ -209,6 +210,42 @@ def test_check_tells_what_peft_leaves_out_of_single_experts(which, tmp_path):
         assert "experts-lost" not in told
         assert "LT411" not in found
     assert off(model.fused(each), model.change(adapter)) <= ROUNDING
+
+
+@pytest.mark.parametrize("how", ["convert", "merge", "squeeze"])
+def test_experts_trained_with_dropout_load_in_peft(how, tmp_path):
+    """PEFT on transformers 5 stacks single experts, and its parameters bear no dropout."""
+    model = Model("MixtralForCausalLM", 24, tmp_path)
+    adapter, each, out = model.adapter("a"), tmp_path / "each", tmp_path / "out"
+    lt.convert(adapter, base=model.base, names_of="4", output=each)
+    file = each / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_dropout": 0.05}))
+    with pytest.raises(ValueError, match="lora_dropout"):
+        model.change(each)
+    assert "LT414" in {finding.code for finding in lt.check(each).findings}
+    result = {
+        "convert": lambda: lt.convert(each, base=model.base, names_of="5", output=out),
+        "merge": lambda: lt.merge([each, adapter], base=model.base, output=out),
+        "squeeze": lambda: lt.squeeze(each, energy=1.0, uniform=True, output=out),
+    }[how]()
+    assert "dropout-left-out" in {finding.code for finding in result.findings}
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["lora_dropout"] == 0.0
+    twice = 2 if how == "merge" else 1
+    wanted = {name: twice * change for name, change in model.change(adapter).items()}
+    assert off(model.change(out), wanted) <= ROUNDING
+
+
+def test_biases_of_factors_do_not_go_beside_experts(tmp_path):
+    """PEFT would stop with an error when it loads them."""
+    model = Model("MixtralForCausalLM", 24, tmp_path)
+    experts = model.adapter("a", target_modules=["o_proj"])
+    biased = tmp_path / "biased"
+    config = LoraConfig(target_modules=["o_proj"], lora_bias=True)
+    get_peft_model(model.loaded(), config).save_pretrained(str(biased))
+    with pytest.raises(lt.LoratoolsError, match="lora_bias"):
+        lt.merge([biased, experts], output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_names_of_4_stay_what_they_are(tmp_path):

@@ -167,3 +167,4 @@ def test_every_command_tells_of_a_tensor_that_none_applies(tmp_path):
     ):
         (told,) = {finding for finding in result.findings if finding.code == "unknown-tensors"}
         assert key in told.message
+    assert "tensor-dropped" in {f.code for f in lt.fuse(base, lora, output=tmp_path / "g").findings}

@@ -9,7 +9,7 @@ import pytest
 from expert_models import ROUNDING, Model, off
 
 import loratools as lt
-from loratools_formats.disk.errors import AdapterError
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore::{kind}Warning") for kind in ("Future", "User", "Runtime")
@@ -79,3 +79,21 @@ def test_nemotron_of_mlx_goes_to_gguf(tmp_path):
         lt.convert(tmp_path / f"{name}.gguf", base=model.base, to="peft",
                    output=tmp_path / f"{name} back")  # fmt: skip
         assert off(model.fused(tmp_path / f"{name} back"), wanted) <= ROUNDING
+
+
+def test_experts_of_mlx_beside_modules_of_peft_alone_need_the_base(tmp_path):
+    """No module of PEFT's has a name that would clash, and PEFT finds none of mlx-lm's."""
+    model = Model("MixtralForCausalLM", 24, tmp_path)
+    experts = model.adapter("a", target_modules=["o_proj"])
+    held, others, out = tmp_path / "mlx", tmp_path / "others", tmp_path / "out"
+    lt.convert(experts, to="mlx", base=model.base, output=held)
+    lt.convert(experts, to="peft", drop="experts", output=others)
+    with pytest.raises(AdapterError, match="has other modules"):
+        lt.merge([others, held], output=out)
+    lt.merge([others, held], base=model.base, output=out)
+    wanted = [model.change(each) for each in (experts, others)]
+    assert off(model.change(out), *wanted) <= ROUNDING
+    with pytest.raises(UnsupportedError, match="one rank") as told:
+        lt.merge([held, others], base=model.base, output=tmp_path / "uneven")
+    assert told.value.hint == "Add `uniform=True`"
+    lt.merge([held, others], base=model.base, uniform=True, output=tmp_path / "even")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 
 import peft_oracle
 import pytest
@@ -229,17 +232,46 @@ def test_mlx_and_peft_agree_on_logits_both_ways(make, tmp_path):
     assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
 
 
-@pytest.mark.parametrize("command", ["to_lora", "to_dora"])
+@pytest.mark.parametrize("command", ["to_lora", "to_dora", "merge"])
 def test_commands_with_a_base_give_modules_its_names(command, tmp_path):
     llava().save_pretrained(tmp_path / "base")
     new = lora(llava, tmp_path / "new", 1, target_modules=r".*language_model.*(q|v)_proj")
     before = respelled(new, tmp_path / "old", old)
-    result = getattr(lt, command)(before, base=tmp_path / "base", output=tmp_path / "out")
+    given = [before] if command == "merge" else before
+    result = getattr(lt, command)(given, base=tmp_path / "base", output=tmp_path / "out")
     assert all(name.startswith("model.language_model.") for name in result.adapter.modules)
     assert distance(changes(llava, tmp_path / "out"), changes(llava, new)) <= 2e-6
     lt.fuse(tmp_path / "base", before, output=tmp_path / "fused")
     found = lt.verify(tmp_path / "fused", base=tmp_path / "base", adapters=before)
     assert found.contained
+
+
+def test_what_a_text_model_lacks_is_told_or_refused_and_the_hint_works(tmp_path):
+    base = tmp_path / "text"
+    llama().save_pretrained(base)
+    both = lora(llava, tmp_path / "both", 1, target_modules=r".*(q_proj|down_proj)")
+    (told,) = lt.merge([both, both], base=base).findings
+    (caution,) = lt.to_lora(both, base=base).cautions
+    assert told.message == caution
+    assert re.match(r"model\.vision_tower\..+ and 1 more are not in the base", caution)
+    with pytest.raises(AdapterError, match="no base tensor fits") as error:
+        lt.fuse(base, both, output=tmp_path / "fused")
+    done = subprocess.run(
+        [sys.executable, "-m", *shlex.split(error.value.hint.partition("Without them: ")[2])],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lt.fuse(base, tmp_path / "without", output=tmp_path / "fused")
+    whole = changes(llava, both)
+    found = dict(type(llama()).from_pretrained(tmp_path / "fused").named_parameters())
+    before = dict(llama().named_parameters())
+    want = {
+        key.replace("model.language_model.", "model."): change
+        for key, change in whole.items()
+        if "language_model" in key
+    }
+    got = {key: (found[key] - before[key]).detach().double() for key in want}
+    assert distance(got, want) <= 1e-5
 
 
 def single_experts(path):

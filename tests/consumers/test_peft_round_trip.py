@@ -7,9 +7,11 @@ from collections import Counter
 
 import peft_oracle as oracle
 import pytest
-from peft_cases import CASES
+from peft_cases import CASES, Case
 
+import loratools as lt
 from loratools_formats import read_adapter, write_adapter
+from loratools_formats.disk.errors import UnsupportedError
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in oracle.WARNINGS]
 
@@ -66,3 +68,35 @@ def test_a_named_adapter_is_copied_from_its_sub_folder(saved, tmp_path):
     shutil.copytree(saved("patterns"), tmp_path / "both" / "second")
     write_adapter(read_adapter(tmp_path / "both" / "second"), tmp_path / "copy", "peft")
     assert contents(tmp_path / "copy") == contents(saved("patterns"))
+
+
+@pytest.mark.parametrize("asked", [{"to": "tinker"}, {"to": "peft", "fold_alpha": True}])
+def test_biases_of_factors_follow_a_scale_that_moves_into_them(tmp_path, asked):
+    """PEFT adds scale · bias; one scale for all, or none, changes the biases as it does B."""
+    ranks = {"up": 3}
+    config = {"target_modules": ["up", "square"], "lora_bias": True, "rank_pattern": ranks}
+    case = Case("linear", config, "bfloat16")
+    folder = oracle.save(tmp_path / "a", case)
+    done = lt.convert(folder, output=tmp_path / "b", **asked)
+    stated = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+    assert not stated["rank_pattern"] or asked["to"] == "peft"
+    oracle.edit_config(tmp_path / "b", target_modules=["up", "square"])  # not a layer without bias
+    wanted = oracle.state(oracle.loaded(folder, case).merge_and_unload())
+    found = oracle.state(oracle.loaded(tmp_path / "b", case).merge_and_unload())
+    before = oracle.base_state(case)
+    for name, value in oracle.changes(wanted, before).items():
+        rounding = 2.0**-23 if asked["to"] == "tinker" else 2.0**-8
+        assert oracle.distance(found[name] - before[name], value) <= rounding, name
+    assert done.other_error <= 2.0**-8
+
+
+def test_embeddings_are_none_of_all_linear_layers(tmp_path):
+    config = {"target_modules": ["embed", "head"]}
+    folder = oracle.save(tmp_path / "a", Case("embedding", config))
+    with pytest.raises(UnsupportedError, match="Tinker adapts no embedding"):
+        lt.convert(folder, to="tinker", output=tmp_path / "tinker")
+    oracle.edit_config(folder, target_modules="all-linear")
+    assert "LT401" in {finding.code for finding in lt.check(folder).findings}
+    lt.convert(folder, to="peft", output=tmp_path / "b")
+    stated = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+    assert stated["target_modules"] == ["embed", "head"]

@@ -708,7 +708,7 @@ def test_a_saved_embedding_with_factors_of_its_own_is_kept(tmp_path):
     assert total_distance(got, weighted_sum(pairs)) <= 1e-6
 
 
-def test_carried_tensors_are_kept_and_may_not_clash(tmp_path):
+def test_bare_parameters_are_kept_and_may_not_clash(tmp_path):
     pairs = [
         (save(tmp_path / f"a{i}", seed=i, extra={"odd.buffer": np.arange(4)}), 1.0)
         for i in range(2)
@@ -716,7 +716,7 @@ def test_carried_tensors_are_kept_and_may_not_clash(tmp_path):
     run(tmp_path / "out", pairs)
     assert stored(tmp_path / "out")["odd.buffer"].tolist() == [0, 1, 2, 3]
     other = save(tmp_path / "other", extra={"odd.buffer": np.arange(4) + 1})
-    with pytest.raises(AdapterError, match="carry different tensors"):
+    with pytest.raises(AdapterError, match="replace the same base tensor by different values"):
         run(tmp_path / "bad", [*pairs, (other, 1.0)])
 
 

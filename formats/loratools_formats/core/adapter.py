@@ -26,14 +26,15 @@ class Replacement:
 
     Attributes:
         kind: `bias`, `module` (PEFT's modules_to_save), `embedding` (a whole, perhaps resized
-            matrix), `token_rows` (the rows listed), or `other` (a base tensor found in the file
-            though its config does not mention it; loaders copy it over all the same).
+            matrix), `token_rows` (the rows listed), `other` (a base tensor found in the file
+            though its config does not mention it; loaders copy it over all the same), or
+            `parameter` (one that is no weight or bias; loaders drop it if the base has none).
         target: name of the base tensor.
         tensor: the new values.
         rows: for `token_rows`, the rows they go to.
     """
 
-    kind: Literal["bias", "module", "embedding", "token_rows", "other"]
+    kind: Literal["bias", "module", "embedding", "token_rows", "other", "parameter"]
     target: str
     tensor: TensorRef
     rows: tuple[int, ...] = ()

@@ -62,6 +62,7 @@ CODES: Mapping[str, str] = {
     "stays-tied": "the embedding and the output layer stay tied and change alike",
     "untied": "the embedding and the output layer are no longer tied",
     "tensor-added": "a tensor is added that the base does not have",
+    "tensor-dropped": "a tensor is left out that the base does not have",
     "negative-weight": "a change that depends on the base's weights is subtracted",
     "widened": "weights in eight bits are stored in sixteen where they change",
     "vocabulary-resized": "the vocabulary has another size",
@@ -80,6 +81,7 @@ CODES: Mapping[str, str] = {
     # Converting, extracting and merging.
     "experts-laid-out": "a layout needed factors of experts padded, doubled, folded or transposed",
     "experts-lost": "PEFT on transformers 5 loses parts of single experts when it stacks them",
+    "dropout-left-out": "a dropout, which PEFT does not bear beside experts, is left out",
     "expert-halves-assumed": "only the sizes show that gate and up are joined in halves",
     "no-model-in-mlx": "mlx-lm has no model of the base's type",
     "base-unused": "the base model is not needed",
@@ -103,6 +105,7 @@ CODES: Mapping[str, str] = {
     "not-beside-base": "a module is not compared with its base weight",
     "rule-broken": "a rule of `check` found something in what is published",
     "no-reference": "an entry in the folder of references is not an adapter",
+    "not-in-base": "the base does not have a module of the adapter",
     "names-kept": "an adapter keeps its own names, since the base model's are not known for it",
     "single-precision": "sums are of float32 within blocks, for speed",
     "leading-part": "changes of full rank are compared by their leading singular triplets",

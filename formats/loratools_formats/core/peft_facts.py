@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 PREFIX = "base_model.model."
 """What PEFT's files put before a module's path."""
 
+ALL_LINEAR = "all-linear"
+"""The target_modules by which PEFT adapts every linear layer but the output layer."""
+
 OF_LANGUAGE_MODEL = (
     r"(?:base_model\.)?(?:model\.)+(?:language_model\.)?(?:decoder\.|encoder\.)?layers\.\d+\."
     r"|language_model\.model\.layers\.\d+\."
@@ -129,17 +132,25 @@ def stacked_on_loading(modules: Iterable[str]) -> list[str]:
 
 _MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
 _REFUSED_IN_MAMBA = frozenset({"out_proj", "conv1d"})
+_REFUSING = frozenset({"LORA", "ADALORA", "XLORA", "RANDLORA"})
 
 
-def refused_modules(model_type: object, modules: Iterable[str]) -> list[str]:
+def refused_modules(
+    model_type: object, modules: Iterable[str], peft_type: object = "LORA"
+) -> list[str]:
     """Return the modules that PEFT refuses to adapt in a model of a type.
 
     Source: `_check_lora_target_modules_mamba` of peft 0.21.2.
 
+    Args:
+        model_type: of the model's configuration.
+        modules: the names of the modules.
+        peft_type: of the adapter's configuration; other kinds than LoRA's are not refused.
+
     >>> refused_modules("mamba", ["layers.0.mixer.in_proj", "layers.0.mixer.out_proj"])
     ['layers.0.mixer.out_proj']
     """
-    if model_type not in _MAMBA:
+    if model_type not in _MAMBA or peft_type not in _REFUSING:
         return []
     return [name for name in modules if name.rpartition(".")[2] in _REFUSED_IN_MAMBA]
 

@@ -192,12 +192,13 @@ def _written_config(adapter: Adapter) -> dict[str, Any]:
         ("kind", kinds),
     ):
         if len(found) > 1:
+            first = command_on(adapter, "squeeze", "--energy 1 --uniform", output="uniform")
+            is_made = adapter.provenance is not None and what != "kind"
             raise UnsupportedError(
                 f"mlx-lm loads adapters of one {what} only",
                 path=adapter.source,
                 got=", ".join(map(str, sorted(found))),
-                hint="Make it uniform first: "
-                + command_on(adapter, "squeeze", "--energy 1 --uniform", output="uniform"),
+                hint="Add `uniform=True`" if is_made else f"Make it uniform first: {first}",
             )
     config = dict(adapter.config)
     if parts:

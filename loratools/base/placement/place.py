@@ -21,14 +21,17 @@ from loratools.base.placement.replacing import place_replacements
 from loratools.base.placement.sites import Site, sites
 from loratools.base.placement.tied import tied_changes
 from loratools.base.placement.tied_head import about_tied_heads, with_tied_heads
-from loratools.base.tied import shared_embeddings
+from loratools.base.tied import find_tie, shared_embeddings
+from loratools.work.module_patterns import pattern_of
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.facts import DEFAULT_HEAD, head_of
+from loratools_formats.contract.commands import command_on
+from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.orientation import OTHER_BASE
 from loratools_formats.core.tensors import TensorRef
-from loratools_formats.disk.errors import AdapterError, printable
+from loratools_formats.disk.errors import AdapterError, LoratoolsError, printable
 
 _LISTED = 4
 _LLAMA_CPP = re.compile(r"blk\.\d+\.|(?:token_embd|output|output_norm)(?:\.|$)")
@@ -100,6 +103,18 @@ def module_placements(names: Names, module: str, delta: ModuleChange) -> list[Pl
         _placement(names, module, delta, site, share)
         for site, share in zip(found, shares, strict=True)
     ]
+
+
+def has_place(names: Names, module: str, change: ModuleChange) -> bool:
+    """Return whether the base has a module, of whatever shape."""
+    try:
+        if change.layer.parameters and change.factors is not None:
+            return bool(expert_placements(names, module, change))
+        found = bool(sites(names, module, "weight"))
+    except LoratoolsError:  # several fit, or none of that shape
+        return True
+    tie = None if found else find_tie(names, guess_head=True)
+    return found or (tie is not None and f"{module}.weight" in (tie.embedding, tie.head))
 
 
 def _placement(
@@ -260,8 +275,19 @@ def unmatched(names: Names, missing: list[str], adapter: Adapter) -> UnmatchedEr
         f"no base tensor fits {len(missing)} of the adapter's modules or tensors: "
         f"{'; '.join(listed)}{more}",
         path=names.base.path,
-        hint=OTHER_BASE,
+        hint=_without(missing, adapter),
     )
+
+
+def _without(missing: list[str], adapter: Adapter) -> str:
+    """Return the hint where a base lacks modules: another base, or a command that drops them."""
+    gone = [name if name in adapter.modules else name.rpartition(".")[0] for name in missing]
+    kept = adapter.modules.keys() - set(gone)
+    form = get_format(adapter.format)
+    if not kept or not form.is_writable or form.naming is not None:
+        return OTHER_BASE
+    drop = f"--to {form.name} --drop {shlex.quote(pattern_of(gone, kept))}"
+    return f"{OTHER_BASE} Without them: {command_on(adapter, 'convert', drop, output='without')}"
 
 
 def _refuse_clashes(names: Names, deltas: list[Placement]) -> None:

@@ -65,6 +65,9 @@ def place_replacements(
             result.placed.append((replacement.target, replacement))
             message = f"{replacement.target}: not in the base, added"
             result.findings.append(Finding("tensor-added", "note", replacement.target, message))
+        elif replacement.kind == "parameter":
+            message = f"{replacement.target}: not in the base, left out, as PEFT does"
+            result.findings.append(Finding("tensor-dropped", "note", replacement.target, message))
         else:
             missing.append(replacement.target)
     return result

@@ -10,6 +10,7 @@ from loratools.operations.check.subject import Subject
 from loratools.operations.check.targets import Target
 from loratools.operations.convert.experts.groups import types_of
 from loratools.operations.convert.experts.on_load import lost_on_load
+from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
 
 
@@ -23,6 +24,16 @@ def _lost(subject: Subject) -> Iterator[Found]:
     if adapter is not None and adapter.format == "peft":
         for text, where in lost_on_load(adapter, _types(subject, adapter), subject.config):
             yield Found(text, where)
+
+
+def _dropout(subject: Subject) -> Iterator[Found]:
+    adapter = subject.adapter
+    if adapter is None or adapter.format != "peft":
+        return
+    for told in get_format("peft").writing_findings(adapter):
+        if told.code == "dropout-left-out":
+            text = "PEFT on transformers 5 does not load adapters of experts with lora_dropout"
+            yield Found(text, told.where)
 
 
 def _layout(subject: Subject, adapter: Adapter, target: Target) -> Iterator[Found]:
@@ -77,6 +88,15 @@ RULES = (
         "`loratools convert ADAPTER --base MODEL --experts stacked -o NEW`.",
         "`transformers_weight_conversion.py` of peft 0.21.2, run with transformers 5.23",
         _lost,
+    ),
+    Rule(
+        "LT414", "experts-dropout", "warning",
+        "An adapter of experts has a lora_dropout other than 0.",
+        "PEFT stops when it loads the adapter: stacked parameters bear no dropout, and on "
+        "transformers 5 it stacks single experts, too. Nothing but training uses the dropout.",
+        "Write it again, which sets it to 0: `loratools convert ADAPTER --to peft -o NEW`.",
+        "peft.tuners.lora.layer.ParamWrapper, 0.21.2, run with transformers 5.23",
+        _dropout, key="lora_dropout",
     ),
     Rule(
         "LT517", "target-experts", "error",

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from loratools.base.placement.class_view import class_view
-from loratools.base.placement.experts import expert_placements
 from loratools.base.placement.names import Names
-from loratools.base.placement.place import place
+from loratools.base.placement.place import has_place, place
 from loratools.base.placement.sites import sites
 from loratools.base.tied import find_tie
 from loratools.naming.for_base import named_for_base
@@ -21,7 +20,7 @@ from loratools_formats.contract.format import Context
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import ModuleChange
-from loratools_formats.core.peft_facts import PREFIX
+from loratools_formats.core.peft_facts import PREFIX, refused_modules
 from loratools_formats.core.wrapped_names import WRAPPERS
 from loratools_formats.disk.errors import AdapterError, LoratoolsError
 
@@ -111,16 +110,16 @@ def _not_in_base(subject: Subject) -> Iterator[Found]:
     if adapter is None:
         return
     names = subject.base
-    homeless = {n: c for n, c in adapter.modules.items() if not _has_place(names, n, c)}
+    homeless = {n: c for n, c in adapter.modules.items() if not has_place(names, n, c)}
     if homeless and names.has_class:
         of_class = Names(class_view(names.base).checkpoint)
-        homeless = {n: c for n, c in homeless.items() if not _has_place(of_class, n, c)}
+        homeless = {n: c for n, c in homeless.items() if not has_place(of_class, n, c)}
     for name in homeless:
         near = ", ".join(names.nearest(f"{name}.weight")) or "none"
         yield Found(f"{name} meets no module of the base; nearest: {near}", name)
     for replacement in adapter.replacements.values():
         module, _, leaf = replacement.target.rpartition(".")
-        if not _replaces(names, module, leaf) and replacement.kind != "module":
+        if not _replaces(names, module, leaf) and replacement.kind not in ("module", "parameter"):
             text = f"{replacement.target} meets no tensor of the base"
             yield Found(text, replacement.target)
 
@@ -143,15 +142,15 @@ def _called_otherwise(subject: Subject) -> Iterator[Found]:
         yield Found(f"{name} is {own} in the base's class, where PEFT looks for it{more}", name)
 
 
-def _has_place(names: Names, name: str, change: ModuleChange) -> bool:
-    try:
-        if change.layer.parameters and change.factors is not None:
-            return bool(expert_placements(names, name, change))
-        found = bool(sites(names, name, "weight"))
-    except LoratoolsError:  # several fit, or none of that shape: `wrong-shape` says so
-        return True
-    tie = None if found else _tie(names)
-    return found or (tie is not None and f"{name}.weight" in (tie[0], tie[1]))
+def _refused_by_peft(subject: Subject) -> Iterator[Found]:
+    """Find modules that PEFT makes no layer for in a model of the base's type."""
+    if subject.base is None or subject.adapter is None or not subject.is_peft:
+        return
+    layers = [n for n, c in subject.adapter.modules.items() if not c.layer.parameters]
+    kind = subject.base.base.config.get("model_type")
+    names = refused_modules(kind, layers, subject.config.get("peft_type"))
+    if names:
+        yield Found(f"PEFT refuses to adapt {_some(names)} in a model of type {kind}", names[0])
 
 
 def _replaces(names: Names, module: str, leaf: str) -> bool:
@@ -173,7 +172,7 @@ def _wrong_shape(subject: Subject) -> Iterator[Found]:
     if adapter is None:
         return
     names = subject.base
-    kept = {n: c for n, c in adapter.modules.items() if _has_place(names, n, c)}
+    kept = {n: c for n, c in adapter.modules.items() if has_place(names, n, c)}
     with_factors = {n: c for n, c in kept.items() if c.factors is not None}
     try:
         place(replace(adapter, modules=with_factors, replacements={}), names.base)
@@ -322,6 +321,17 @@ RULES = (
         "Rename them: `loratools convert ADAPTER -o NEW --to peft --base BASE`.",
         "`set_peft_model_state_dict` in peft 0.21.2, run",
         _called_otherwise,
+    ),
+    Rule(
+        "LT413", "refused-by-peft", "error",
+        "PEFT refuses to adapt a module in a model of the base's type (with `base`).",
+        "Kernels of Mamba's kind take the weights of these layers without an adapter; PEFT stops "
+        "with an error.",
+        "Fuse it, if it was trained so that they had an effect: "
+        "`loratools fuse MODEL ADAPTER -o FUSED`. Or leave them out: "
+        '`loratools convert ADAPTER -o NEW --to peft --drop "(out_proj|conv1d)$"`.',
+        "`_check_lora_target_modules_mamba` in peft 0.21.2, run",
+        _refused_by_peft,
     ),
     Rule(
         "LT407", "wrong-shape", "error",

@@ -163,19 +163,29 @@ def with_flat_experts(adapter: Adapter, base: Path | None) -> Adapter:
     return in_class_names([adapter], read_checkpoint(base))[0]
 
 
-def _refuse_names(adapter: Adapter, target: str) -> None:
+def named_otherwise(adapter: Adapter) -> tuple[str, str] | None:
+    """Return a module that PEFT and mlx-lm name differently, and what it is; None without one."""
     for module, change in adapter.modules.items():
-        experts = change.layer.kind == "experts" or _EXPERTS.search(module) is not None
-        body = _OTHER_BODY.match(module) is not None
-        if experts or body or _SEVERAL_PARTS.match(module):
-            what = "experts" if experts else "the body" if body else "the parts of a model"
-            raise UnsupportedError(
-                f"PEFT and mlx-lm name {what} differently",
-                path=adapter.source,
-                tensor=module,
-                hint="Give the base, which tells the names: "
-                + command_on(adapter, "convert", f"--to {target} --base BASE", output="converted"),
-            )
+        if change.layer.kind == "experts" or _EXPERTS.search(module) is not None:
+            return module, "experts"
+        if _OTHER_BODY.match(module) is not None:
+            return module, "the body"
+        if _SEVERAL_PARTS.match(module):
+            return module, "the parts of a model"
+    return None
+
+
+def _refuse_names(adapter: Adapter, target: str) -> None:
+    found = named_otherwise(adapter)
+    if found is not None:
+        module, what = found
+        raise UnsupportedError(
+            f"PEFT and mlx-lm name {what} differently",
+            path=adapter.source,
+            tensor=module,
+            hint="Give the base, which tells the names: "
+            + command_on(adapter, "convert", f"--to {target} --base BASE", output="converted"),
+        )
 
 
 def _with_bodies(adapter: Adapter, base: Checkpoint, *, to_mlx: bool) -> Adapter:

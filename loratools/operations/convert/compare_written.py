@@ -14,9 +14,9 @@ from loratools.lowrank.matrices import loaded
 from loratools.work.parallel import in_order, usable_cores
 from loratools_formats.contract.files import read_adapter
 from loratools_formats.core.adapter import Adapter
-from loratools_formats.core.change import ModuleChange
+from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.dtypes import Array, is_power_of_two
-from loratools_formats.core.tensors import TensorRef
+from loratools_formats.core.tensors import TensorRef, in_memory
 from loratools_formats.disk.errors import AdapterError, OutputError
 
 
@@ -135,9 +135,16 @@ def _beside_factors(delta: ModuleChange) -> dict[str, TensorRef]:
     named = {
         **({} if other is None else other.parts),
         "magnitude": delta.magnitude,
-        "bias": delta.direction.bias,
+        "bias": delta.direction.bias if delta.factors is None else _scaled_bias(delta.factors),
     }
     return {part: tensor for part, tensor in named.items() if tensor is not None}
+
+
+def _scaled_bias(part: LowRank) -> TensorRef | None:
+    """Return what is added to the layer's bias: scale · bias in float64."""
+    if part.bias is None:
+        return None
+    return in_memory(part.bias.key, part.bias.load(np.float64) * part.scale, "F64")
 
 
 @np.errstate(over="ignore", invalid="ignore")

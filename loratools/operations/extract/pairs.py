@@ -20,7 +20,8 @@ from loratools.base.placement.names import Names
 from loratools.base.placement.orient import stack_is_transposed
 from loratools.base.task_class import task_of
 from loratools.base.tied import find_tie, shared_embeddings
-from loratools.operations.extract.one_sided import pattern_of, saved_module
+from loratools.operations.extract.one_sided import saved_module
+from loratools.work.module_patterns import pattern_of
 from loratools.work.selection import Selection
 from loratools_formats.checkpoints import expert_classes
 from loratools_formats.checkpoints.checkpoint import Checkpoint
@@ -260,7 +261,7 @@ class Comparison:
             modules: their paths.
             shared: those that must stay.
         """
-        return self.besides_given(pattern_of(modules, set(shared)))
+        return self.besides_given(pattern_of(modules, shared))
 
     def besides_given(self, found: str) -> str:
         """Return a pattern for `exclude` that leaves out what it does already, too."""

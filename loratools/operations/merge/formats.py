@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from loratools.folding.base_layout import has_own_layout
+from loratools.operations.convert.class_names import named_otherwise, uses_names
 from loratools.operations.convert.operation import prepare
 from loratools.operations.merge.align import MergeInput
 from loratools_formats.checkpoints.checkpoint import Checkpoint
@@ -34,21 +35,26 @@ def in_one_format(inputs: Sequence[MergeInput], base: Checkpoint | None) -> list
     first = inputs[0].adapter
     if get_format(first.format).naming is not None:
         return list(inputs)
-    return [item if _meets(item.adapter, first) else _of(first, item, base) for item in inputs]
+    return [
+        item if _meets(item.adapter, first, base) else _of(first, item, base) for item in inputs
+    ]
 
 
-def _meets(adapter: Adapter, first: Adapter) -> bool:
+def _meets(adapter: Adapter, first: Adapter, base: Checkpoint | None) -> bool:
+    """Return whether an adapter's names, as they are, meet those of the first or of the class."""
     if adapter.format == first.format:
         return True
-    return not (has_own_layout(adapter) or has_own_layout(first)) and first.format != "mlx"
+    if has_own_layout(adapter) or has_own_layout(first):
+        return False
+    if base is not None:
+        return first.format != "mlx"
+    return not uses_names(adapter.format, first.format) or named_otherwise(adapter) is None
 
 
 def _of(first: Adapter, item: MergeInput, base: Checkpoint | None) -> MergeInput:
     adapter, target = item.adapter, first.format
     hint = command_on(adapter, "convert", f"--to {target} --base BASE", output="converted")
     if base is None:
-        if not (has_own_layout(adapter) or has_own_layout(first)):
-            return item  # names may be the same in MLX, and are compared
         raise AdapterError(
             f"an adapter of format {adapter.format} has other modules than one of {target}",
             path=adapter.source,

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from loratools.base.placement.tied_head import as_class_has_heads
 from loratools.folding.expert_sides import on_side_of_peft, straightened, with_sides
-from loratools.operations.in_class_names import in_class_names
+from loratools.operations.in_class_names import in_class_names, renamed_to_class
 from loratools.operations.merge.align import MergeInput
 from loratools.operations.name_clash import called, name_clash
 from loratools_formats.checkpoints.checkpoint import Checkpoint
@@ -62,14 +62,17 @@ def in_one_spelling(inputs: Sequence[MergeInput], base: Checkpoint | None) -> li
 
 
 def _of_class(inputs: Sequence[MergeInput], base: Checkpoint | None) -> list[MergeInput]:
-    """Return inputs under the names of the base's class where their modules are not the same.
+    """Return inputs under the names of the base's class, divided alike where modules differ.
 
     Names that no pattern here knows may still be two of one module. What the base does not have
-    keeps its names, and the adapter whose names are kept has a finding that says so.
+    keeps its names, and the adapter whose names are kept has a finding that says so. MLX keeps its
+    own names, which are not those of the class.
     """
     modules = {frozenset(item.adapter.modules) for item in inputs}
-    if base is None or len(modules) < 2:
+    if base is None or inputs[0].adapter.format == "mlx":
         return list(inputs)
+    if len(modules) < 2:
+        return [replace(item, adapter=renamed_to_class(item.adapter, base)) for item in inputs]
     try:
         return _renamed(inputs, base)
     except LoratoolsError as error:

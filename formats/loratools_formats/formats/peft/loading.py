@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from loratools_formats.checkpoints.checkpoint import config_of
-from loratools_formats.checkpoints.facts import is_vocabulary
+from loratools_formats.checkpoints.facts import DEFAULT_HEAD, is_vocabulary
 from loratools_formats.contract.format import Loss
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.findings import Finding
-from loratools_formats.core.peft_facts import refused_modules
+from loratools_formats.core.peft_facts import ALL_LINEAR, refused_modules
 from loratools_formats.disk.errors import AdapterError
 from loratools_formats.formats.peft import keys
 from loratools_formats.formats.peft.config import CONFIG_FILE
@@ -25,7 +25,6 @@ from loratools_formats.formats.peft.patterns import match_patterns
 
 _LAYER_NUMBER = re.compile(r".*\.[^.]*\.(\d+)\.")
 _WORD = re.compile(r"\w+")
-_ALL_LINEAR = "all-linear"
 _SLOW_PATTERNS = 16
 """Most regular expressions that are matched one by one, each in a process of its own."""
 
@@ -40,7 +39,11 @@ def loading_findings(adapter: Adapter) -> list[Finding]:
     }
     found: list[Finding] = []
     try:
-        missed = _not_targeted(values, list(names))
+        missed = (
+            [name for name, path in names.items() if not _is_linear(adapter, path)]
+            if values.get("target_modules") == ALL_LINEAR
+            else _not_targeted(values, list(names))
+        )
     except AdapterError as error:
         text = f"it is not known whether target_modules names every module: {error.message}"
         return [Finding("targets-unclear", "note", "target_modules", text)]
@@ -53,6 +56,12 @@ def loading_findings(adapter: Adapter) -> list[Finding]:
         hint = "Name the modules in target_modules"
         found.append(Finding("not-targeted", "error", names[missed[0]], text, hint))
     return [*found, *_targets_without_tensors(values, list(names)), *_unmatched(adapter)]
+
+
+def _is_linear(adapter: Adapter, path: str) -> bool:
+    """Return whether PEFT counts a module among all linear ones."""
+    kind = adapter.modules[path].layer.kind
+    return kind not in ("embedding", "conv") and path.rpartition(".")[2] != DEFAULT_HEAD
 
 
 def refused_in(base: Path, modules: Iterable[str]) -> list[Loss]:
@@ -70,7 +79,7 @@ def _not_targeted(values: Mapping[str, Any], names: list[str]) -> list[str]:
         AdapterError: a regular expression is broken, too long or too slow.
     """
     target = values.get("target_modules")
-    if target is None or target == _ALL_LINEAR or values.get("layers_pattern"):
+    if target is None or values.get("layers_pattern"):
         return []
     chosen = _named(target, names)
     excluded = _named(values.get("exclude_modules") or [], names)

@@ -111,7 +111,7 @@ def _read(folder: Path, renamed: Path | None) -> Adapter:
             *about_names,
             *_about_folder(folder, original.path.name),
             *_about_training(carried),
-            *(() if _is_no_product(values) else about_unknown(values, carried)),
+            *(() if _is_no_product(values) else about_unknown(values, replacements, carried)),
             *(about_parts(found.modules) if is_tinkers else ()),
             *_about_loader(values["peft_type"], found.modules),
         ),

@@ -59,9 +59,14 @@ def classify(
     return replacements | of_rows, carried
 
 
-def about_unknown(values: Mapping[str, Any], carried: Mapping[str, TensorRef]) -> list[Finding]:
-    """Tell of carried tensors that nobody here applies: PEFT may load them over the base's."""
-    unknown = [
+def about_unknown(
+    values: Mapping[str, Any],
+    replacements: Mapping[str, Replacement],
+    carried: Mapping[str, TensorRef],
+) -> list[Finding]:
+    """Tell of tensors that nobody knows: whether they have an effect shows beside the base only."""
+    unknown = [name for name, entry in replacements.items() if entry.kind == "parameter"]
+    unknown += [
         name
         for name in carried
         if not _belongs_to_training(values, name) and not keys.saved_again(name)
@@ -70,8 +75,8 @@ def about_unknown(values: Mapping[str, Any], carried: Mapping[str, TensorRef]) -
         return []
     more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
     text = (
-        f"{printable(unknown[0])}{more}: not known, and applied by no command; PEFT loads "
-        "such a tensor over the base's of the same name, if there is one"
+        f"{printable(unknown[0])}{more}: not known; PEFT and `fuse` put such a tensor over the "
+        "base's of the same name, if there is one"
     )
     return [Finding("unknown-tensors", "warning", printable(unknown[0]), text)]
 
@@ -141,4 +146,4 @@ def _replacement_kind(values: Mapping[str, Any], name: str, target: str) -> Any:
         return "bias"
     if leaf == "weight" and (name.endswith(".base_layer.weight") or is_vocabulary(path)):
         return "embedding"
-    return "other" if leaf in ("weight", "bias") else None
+    return "other" if leaf in ("weight", "bias") else "parameter"

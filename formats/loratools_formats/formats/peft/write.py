@@ -24,6 +24,7 @@ from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.disk.files import copy_whole
 from loratools_formats.formats.peft import keys
+from loratools_formats.formats.peft.beside_parameters import borne
 from loratools_formats.formats.peft.config import CONFIG_FILE, PeftConfig
 from loratools_formats.formats.peft.experts.packed import (
     is_packed,
@@ -128,7 +129,8 @@ def config_for(adapter: Adapter) -> dict[str, Any]:
     """Return the configuration to write.
 
     Raises:
-        UnsupportedError: the adapter comes from another format and has no PEFT configuration.
+        UnsupportedError: the adapter comes from another format and has no PEFT configuration, or
+            PEFT bears no such settings together.
     """
     if adapter.format != "peft":
         raise UnsupportedError(
@@ -142,7 +144,7 @@ def config_for(adapter: Adapter) -> dict[str, Any]:
         return dict(adapter.config)
     values = _with_kinds(adapter)
     values = values if _keeps_config(adapter) else _rewritten(values, adapter)
-    return packed_config(adapter, values)
+    return borne(packed_config(adapter, values), adapter)
 
 
 def _with_kinds(adapter: Adapter) -> dict[str, Any]:

@@ -18,8 +18,8 @@ _OUTER = {"gate_up_proj": "a", "gate_proj": "a", "up_proj": "a", "down_proj": "b
 def of_one_rank(changes: Mapping[str, ModuleChange]) -> dict[str, ModuleChange]:
     """Return changes of the largest rank among them and one scale.
 
-    Smaller ranks get zeros. Another scale is folded into B: exactly if the ratio is a power of two,
-    else with one rounding, and B is float32 then if it was narrower.
+    Smaller ranks get zeros. Another scale is folded into B and its bias: exactly if the ratio is a
+    power of two, else with one rounding, and they are float32 then if they were narrower.
     """
     parts = {name: change.require_factors() for name, change in changes.items()}
     if not parts:
@@ -37,7 +37,10 @@ def rounds(parts: Iterable[LowRank]) -> bool:
 
 
 def _padded(part: LowRank, rank: int, scale: float) -> LowRank:
-    b = part.b if part.scale == scale else _times(part.b, part.scale / scale)
+    b, bias = part.b, part.bias
+    if part.scale != scale:
+        b = _times(b, part.scale / scale)
+        bias = None if bias is None else _times(bias, part.scale / scale)
     more = rank - part.rank
     a = part.a
     if more:
@@ -46,7 +49,7 @@ def _padded(part: LowRank, rank: int, scale: float) -> LowRank:
         b = _with_zeros(b, (*b.shape[:-1], rank))
     if a is part.a and b is part.b and part.scale == scale:
         return part
-    return replace(part, a=a, b=b, scale=scale, alpha=None, alpha_tensor=None)
+    return replace(part, a=a, b=b, bias=bias, scale=scale, alpha=None, alpha_tensor=None)
 
 
 def _times(tensor: TensorRef, factor: float) -> TensorRef:

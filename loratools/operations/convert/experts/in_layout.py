@@ -34,6 +34,7 @@ from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import Layer, ModuleChange
 from loratools_formats.core.findings import Finding
+from loratools_formats.core.peft_facts import ALL_LINEAR
 from loratools_formats.disk.errors import OptionError, UnsupportedError
 
 _APART = ("each", "3d", "shared-outer", "tinker")
@@ -105,6 +106,19 @@ def _about_load(adapter: Adapter, types: frozenset[str]) -> Iterator[Finding]:
 
 
 def _for_peft(
+    adapter: Adapter,
+    wanted: Wanted,
+    checkpoint: Checkpoint | None,
+    in_names: Callable[[Adapter], Adapter],
+    names_of: str | None,
+) -> tuple[Adapter, tuple[Finding, ...]]:
+    model, told = _in_wanted(adapter, wanted, checkpoint, in_names, names_of)
+    if wanted.layout != "tinker" and model.config.get("target_modules") == ALL_LINEAR:
+        model = retargeted(model, model.modules)  # PEFT counts neither embeddings nor heads
+    return model, told
+
+
+def _in_wanted(
     adapter: Adapter,
     wanted: Wanted,
     checkpoint: Checkpoint | None,

@@ -16,6 +16,7 @@ from loratools_formats.core.change import LowRank
 from loratools_formats.core.dtypes import DType, common_dtype, encode
 from loratools_formats.core.factors import alpha_of
 from loratools_formats.core.findings import Finding
+from loratools_formats.core.peft_facts import ALL_LINEAR
 from loratools_formats.core.peft_patterns import settings_of
 from loratools_formats.core.tensors import TensorRef, have_same_bits, joined
 from loratools_formats.disk.errors import UnsupportedError
@@ -163,7 +164,7 @@ def packed_config(adapter: Adapter, values: Mapping[str, Any]) -> dict[str, Any]
     """Return a configuration for the layout, from PEFT's for the same modules.
 
     Raises:
-        UnsupportedError: Tinker's has no place for ranks and scales that differ.
+        UnsupportedError: Tinker's has no place for ranks and scales that differ, or for embeddings.
     """
     if adapter.write_as not in PACKED:
         return dict(values)
@@ -180,6 +181,7 @@ def packed_config(adapter: Adapter, values: Mapping[str, Any]) -> dict[str, Any]
     if others:
         made["target_parameters"] = sorted(others)
     if adapter.write_as in TINKER:
+        _refuse_embeddings(adapter)
         if made.get("rank_pattern") or made.get("alpha_pattern"):
             parts = [change.require_factors() for change in adapter.modules.values()]
             if len({(part.rank, part.scale) for part in parts}) > 1:
@@ -187,10 +189,21 @@ def packed_config(adapter: Adapter, values: Mapping[str, Any]) -> dict[str, Any]
             rank, scale = parts[0].rank, parts[0].scale  # the patterns are of modules left behind
             made |= {"r": rank, "lora_alpha": alpha_of(rank, scale), "use_rslora": False}
             made |= {"rank_pattern": {}, "alpha_pattern": {}}
-        made["target_modules"] = "all-linear"
+        made["target_modules"] = ALL_LINEAR
     elif made.get("rank_pattern") or made.get("alpha_pattern"):
         made |= settings_of(_settings_as_written(adapter)) | {"use_rslora": False}
     return made
+
+
+def _refuse_embeddings(adapter: Adapter) -> None:
+    for path, change in adapter.modules.items():
+        if change.layer.kind == "embedding":
+            raise UnsupportedError(
+                "Tinker adapts no embedding, and no reader of its files looks for one",
+                path=adapter.source,
+                tensor=path,
+                hint="Leave it out with `drop`, or write PEFT's own layout",
+            )
 
 
 def _settings_as_written(adapter: Adapter) -> dict[str, tuple[int, float]]:

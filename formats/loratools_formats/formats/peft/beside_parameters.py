@@ -1,0 +1,59 @@
+"""Settings that PEFT does not bear beside adapted parameters, such as stacks of experts.
+
+PEFT stops when it makes the layer. Dropout matters to training alone, so that it is written as 0,
+which leaves every ΔW as it is. On transformers 5 this holds for single experts too, since PEFT
+stacks them when it loads them.
+
+Source: `ParamWrapper` of peft 0.21.2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.findings import Finding
+from loratools_formats.core.peft_facts import stacked_on_loading
+from loratools_formats.disk.errors import UnsupportedError
+from loratools_formats.formats.peft.experts.packed import PACKED
+
+
+def parameters_of(adapter: Adapter) -> list[str]:
+    """Return the modules of an adapter that PEFT adapts as parameters, single experts included."""
+    found = [name for name, change in adapter.modules.items() if change.layer.parameters]
+    return found or stacked_on_loading(adapter.modules)
+
+
+def borne(values: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
+    """Return a configuration that PEFT takes with the parameters that an adapter changes.
+
+    Raises:
+        UnsupportedError: modules have biases of factors beside parameters.
+    """
+    found = parameters_of(adapter)
+    if not found:
+        return values
+    biased = [n for n, c in adapter.modules.items() if c.factors and c.factors.bias is not None]
+    is_stacked = bool(adapter.modules[found[0]].layer.parameters)
+    if biased and is_stacked and adapter.write_as not in PACKED:
+        raise UnsupportedError(
+            "PEFT takes no biases of factors (lora_bias) beside adapted parameters",
+            path=adapter.source,
+            tensor=biased[0],
+            got=f"{found[0]} as parameters",
+            hint="Fuse them into the base instead: loratools fuse BASE ADAPTER -o FUSED",
+        )
+    return {**values, "lora_dropout": 0.0} if values.get("lora_dropout") else values
+
+
+def about_dropout(adapter: Adapter) -> list[Finding]:
+    """Return a finding if a dropout that the configuration has is not written."""
+    dropout = adapter.config.get("lora_dropout") if adapter.format == "peft" else None
+    found = parameters_of(adapter) if dropout else []
+    if not found:
+        return []
+    text = (
+        f"lora_dropout of {dropout} is written as 0: it matters to training alone, and PEFT does "
+        "not load adapters of experts with one"
+    )
+    return [Finding("dropout-left-out", "note", found[0], text)]
