@@ -347,9 +347,9 @@ class Comparison:
             return self._stack(key, old, new)
         if len(old.shape) != 3 or leaf != "weight" or not _PARALLEL.fullmatch(module):
             return None
-        if not self._names.has_class:
+        if "jetmoe" not in self._names.types_of(key):  # whose modules are one stack each
             return Pair(key, old, new, "none")
-        layer = Layer("experts", (), (key,), swapped=False)  # a module is one stack, as in JetMoe
+        layer = Layer("experts", (), (key,), swapped=False)
         return Pair(key, old, new, "layer", layer)
 
     def _stack(self, key: str, old: TensorRef, new: TensorRef) -> Pair:
