@@ -63,6 +63,7 @@ def test_findings_of_readers_have_a_rule_each():
         "dropout-left-out",
         "dtype-fallback",
         "experts-laid-out",
+        "experts-lost",
         "head-alone",
     }
     assert made - set(OF_READERS) == of_writers & made

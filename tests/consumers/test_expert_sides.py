@@ -200,6 +200,8 @@ def test_check_tells_what_peft_leaves_out_of_single_experts(which, tmp_path):
     said = lt.convert(adapter, base=model.base, names_of="4", output=each).findings
     told = {finding.code for finding in said}
     found = {finding.code for finding in lt.check(each, base=model.base).findings}
+    squeezed = lt.squeeze(each, energy=1.0, uniform=True)
+    assert ("experts-lost" in told) == ("experts-lost" in {f.code for f in squeezed.findings})
     if which == "gate_up_proj":
         with pytest.raises(UserWarning, match="missing adapter keys"):
             model.change(each)
@@ -241,7 +243,7 @@ def test_biases_of_factors_do_not_go_beside_experts(tmp_path):
     model = Model("MixtralForCausalLM", 24, tmp_path)
     experts = model.adapter("a", target_modules=["o_proj"])
     biased = tmp_path / "biased"
-    config = LoraConfig(target_modules=["o_proj"], lora_bias=True)
+    config = LoraConfig(target_modules=["o_proj"], lora_bias=True, init_lora_weights=False)
     get_peft_model(model.loaded(), config).save_pretrained(str(biased))
     with pytest.raises(lt.LoratoolsError, match="lora_bias"):
         lt.merge([biased, experts], output=tmp_path / "out")

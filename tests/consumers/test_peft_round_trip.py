@@ -100,3 +100,12 @@ def test_embeddings_are_none_of_all_linear_layers(tmp_path):
     lt.convert(folder, to="peft", output=tmp_path / "b")
     stated = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
     assert stated["target_modules"] == ["embed", "head"]
+
+
+def test_biases_of_factors_do_not_go_beside_embeddings(tmp_path):
+    """PEFT would refuse to load the two together."""
+    biased = Case("bert", {"target_modules": ["query"], "lora_bias": True})
+    embedding = Case("bert", {"target_modules": ["query", "word_embeddings"]})
+    pair = [oracle.save(tmp_path / str(i), case) for i, case in enumerate((biased, embedding))]
+    with pytest.raises(UnsupportedError, match="lora_bias"):
+        lt.merge(pair, output=tmp_path / "out")

@@ -9,9 +9,9 @@ from loratools.operations.check.serving import each_target
 from loratools.operations.check.subject import Subject
 from loratools.operations.check.targets import Target
 from loratools.operations.convert.experts.groups import types_of
-from loratools.operations.convert.experts.on_load import lost_on_load
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.peft_on_load import lost_on_load
 
 
 def _types(subject: Subject, adapter: Adapter) -> frozenset[str]:

@@ -87,12 +87,12 @@ class Peft(Format):
         return weights_nbytes(adapter)
 
     def writing_findings(self, adapter: Adapter) -> list[Finding]:
-        """Return findings about what PEFT stores otherwise, or does not bear beside experts."""
-        from loratools_formats.formats.peft.beside_parameters import about_dropout
+        """Return findings about what PEFT stores otherwise, or loses of experts as it loads."""
         from loratools_formats.formats.peft.experts.packed import about_heads
+        from loratools_formats.formats.peft.write import about_experts
         from loratools_formats.formats.peft.written_sides import writing_findings
 
-        return [*writing_findings(adapter), *about_heads(adapter), *about_dropout(adapter)]
+        return [*writing_findings(adapter), *about_heads(adapter), *about_experts(adapter)]
 
     def from_model(self, adapter: Adapter, context: Context) -> Adapter:
         """Make the configuration that the modules of another format's adapter ask for."""

@@ -1,8 +1,8 @@
 """Settings that PEFT does not bear beside adapted parameters, such as stacks of experts.
 
-PEFT stops when it makes the layer. Dropout matters to training alone, so that it is written as 0,
-which leaves every ΔW as it is. On transformers 5 this holds for single experts too, since PEFT
-stacks them when it loads them.
+Nor does it bear biases of factors beside embeddings. PEFT stops when it makes the layer. Dropout
+matters to training alone, so that it is written as 0, which leaves every ΔW as it is. On
+transformers 5 this holds for single experts too, since PEFT stacks them when it loads them.
 
 Source: `ParamWrapper` of peft 0.21.2.
 """
@@ -28,22 +28,29 @@ def borne(values: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
     """Return a configuration that PEFT takes with the parameters that an adapter changes.
 
     Raises:
-        UnsupportedError: modules have biases of factors beside parameters.
+        UnsupportedError: modules have biases of factors beside parameters or embeddings.
     """
-    found = parameters_of(adapter)
-    if not found:
-        return values
+    _refuse_biases(adapter)
+    if values.get("lora_dropout") and parameters_of(adapter):
+        return {**values, "lora_dropout": 0.0}
+    return values
+
+
+def _refuse_biases(adapter: Adapter) -> None:
     biased = [n for n, c in adapter.modules.items() if c.factors and c.factors.bias is not None]
-    is_stacked = bool(adapter.modules[found[0]].layer.parameters)
-    if biased and is_stacked and adapter.write_as not in PACKED:
-        raise UnsupportedError(
-            "PEFT takes no biases of factors (lora_bias) beside adapted parameters",
-            path=adapter.source,
-            tensor=biased[0],
-            got=f"{found[0]} as parameters",
-            hint="Fuse them into the base instead: loratools fuse BASE ADAPTER -o FUSED",
-        )
-    return {**values, "lora_dropout": 0.0} if values.get("lora_dropout") else values
+    if not biased or adapter.write_as in PACKED:
+        return
+    for name, change in adapter.modules.items():
+        is_embedding = change.layer.kind == "embedding"
+        if is_embedding or change.layer.parameters:
+            what = "an embedding" if is_embedding else "parameters"
+            raise UnsupportedError(
+                f"PEFT takes no biases of factors (lora_bias) beside {what} that it adapts",
+                path=adapter.source,
+                tensor=biased[0],
+                got=f"{name} beside it",
+                hint="Fuse them into the base instead: loratools fuse BASE ADAPTER -o FUSED",
+            )
 
 
 def about_dropout(adapter: Adapter) -> list[Finding]:

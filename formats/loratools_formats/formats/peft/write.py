@@ -17,16 +17,19 @@ from loratools_formats.contract.format import Loss
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.factors import alpha_of, kept_whole
-from loratools_formats.core.peft_facts import stacked_on_loading
+from loratools_formats.core.findings import Finding
+from loratools_formats.core.peft_facts import family_of, stacked_on_loading
+from loratools_formats.core.peft_on_load import about_load
 from loratools_formats.core.peft_patterns import settings_of
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.disk.files import copy_whole
 from loratools_formats.formats.peft import keys
-from loratools_formats.formats.peft.beside_parameters import borne
+from loratools_formats.formats.peft.beside_parameters import about_dropout, borne, parameters_of
 from loratools_formats.formats.peft.config import CONFIG_FILE, PeftConfig
 from loratools_formats.formats.peft.experts.packed import (
+    PACKED,
     is_packed,
     packed_config,
     packed_tensors,
@@ -123,6 +126,22 @@ def _factors(path: str, delta: LowRank) -> Iterator[TensorRef]:
         yield b.renamed(keys.compose(path, "b"))
     if delta.bias is not None:
         yield delta.bias.renamed(keys.compose(path, "b_bias"))
+
+
+def about_experts(adapter: Adapter) -> list[Finding]:
+    """Return findings about what PEFT loses of experts, as they will be written.
+
+    Raises:
+        UnsupportedError: they cannot be.
+    """
+    if adapter.format != "peft" or not parameters_of(adapter):
+        return []
+    adapter = sayable(adapter)
+    if adapter.write_as in PACKED:
+        return []
+    family = family_of(adapter.config)
+    types = () if family is None else (family,)
+    return [*about_dropout(adapter), *about_load(adapter, types, config_for(adapter))]
 
 
 def config_for(adapter: Adapter) -> dict[str, Any]:

@@ -7,7 +7,7 @@ single experts are therefore laid out first.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +27,6 @@ from loratools.operations.convert.experts.groups import (
     types_of,
 )
 from loratools.operations.convert.experts.layouts import Wanted, laid_out, retargeted, stated
-from loratools.operations.convert.experts.on_load import lost_on_load
 from loratools.operations.convert.experts.recent import Recent
 from loratools.operations.convert.experts.tinker_names import with_whole_projections
 from loratools_formats.checkpoints.checkpoint import Checkpoint
@@ -35,6 +34,7 @@ from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import Layer, ModuleChange
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.peft_facts import ALL_LINEAR
+from loratools_formats.core.peft_on_load import about_load, not_converted
 from loratools_formats.disk.errors import OptionError, UnsupportedError
 
 _APART = ("each", "3d", "shared-outer", "tinker")
@@ -93,16 +93,10 @@ def in_layout(
     if target != "peft":
         return in_names(_one_by_one(adapter) if target == "gguf" else adapter), wanted, ()
     model, told = _for_peft(adapter, wanted, checkpoint, in_names, names_of)
-    if not isinstance(experts, str):
-        told = (*told, *_about_load(model, types_of(adapter, checkpoint)))
+    types = types_of(adapter, checkpoint)
+    if not_converted(types) is not None and not isinstance(experts, str):
+        told = (*told, *about_load(model, types, model.config))
     return model, wanted, told
-
-
-def _about_load(adapter: Adapter, types: frozenset[str]) -> Iterator[Finding]:
-    for text, where in lost_on_load(adapter, types, adapter.config):
-        message = f"on transformers 5, {text}"
-        hint = "`experts=stacked` with `base` writes the names that it reads"
-        yield Finding("experts-lost", "warning", where, message, hint)
 
 
 def _for_peft(

@@ -1,7 +1,7 @@
 """What PEFT on transformers 5 makes of single experts when it loads them.
 
 It stacks them, for its models hold stacks, and loses what this tells of. `check` makes findings of
-it about adapters that are there, and `convert` about those that it writes.
+it about adapters that are there, and the format about those that it writes.
 
 Source: `transformers_weight_conversion.py` of peft 0.21.2, run with transformers 5.23.
 """
@@ -13,11 +13,21 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.findings import Finding
 
 _SINGLE = re.compile(r"(?:.*\.)?experts\.\d+\.(?P<leaf>\w+)|.*\.(?:gate_up|down)_projs\.\d+")
 _OF_MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _NOT_CONVERTED = frozenset({"nemotron_h", "lfm2_moe", "gpt_oss", "llama4", "llama4_text"})
 """Models whose single experts PEFT on transformers 5 loads without converting any; we ran it."""
+
+
+def about_load(
+    adapter: Adapter, types: Collection[str], config: Mapping[str, Any]
+) -> Iterator[Finding]:
+    """Yield findings about what is lost of an adapter to be written; see `lost_on_load`."""
+    for text, where in lost_on_load(adapter, types, config):
+        hint = "`experts=stacked` with `base` writes the names that it reads"
+        yield Finding("experts-lost", "note", where, f"on transformers 5, {text}", hint)
 
 
 def lost_on_load(
@@ -35,9 +45,9 @@ def lost_on_load(
         return
     first = next(iter(single))
     leaves = {match["leaf"] or "" for match in single.values()}
-    unread = sorted(_NOT_CONVERTED.intersection(types))
-    if unread:
-        yield f"PEFT changes no expert of {unread[0]} by adapters of single experts", first
+    unread = not_converted(types)
+    if unread is not None:
+        yield f"PEFT changes no expert of {unread} by adapters of single experts", first
         return
     if leaves & {"", "gate_up_proj"}:
         yield "PEFT loads joined gate_up of single experts in another layout", first
@@ -59,6 +69,11 @@ def lost_on_load(
         )
         yield text, others[0]
     yield from _rescaled(adapter, single, config)
+
+
+def not_converted(types: Collection[str]) -> str | None:
+    """Return a model type among some whose single experts PEFT loads without converting any."""
+    return next(iter(sorted(_NOT_CONVERTED.intersection(types))), None)
 
 
 def _without_down(single: Mapping[str, re.Match[str]]) -> Iterator[tuple[str, str]]:
