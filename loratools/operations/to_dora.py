@@ -175,7 +175,8 @@ def _refuse_stacks(adapter: Adapter) -> None:
     ]
     if not stacks:
         return
-    hint = None
+    each = command_on(adapter, "convert", "--experts each --base BASE", output="each")
+    hint = f"Single experts can, which PEFT loads on transformers 4: {each}"
     if len(stacks) < len(adapter.modules):
         pattern = "|".join(f"^{re.escape(name)}$" for name in stacks)
         without = command_on(adapter, "convert", f"--drop {shlex.quote(pattern)}", output="others")

@@ -143,3 +143,15 @@ def test_every_layout_is_the_same_change(kind, swapped, tmp_path):
             out = tmp_path / "back" / target
         lt.fuse(base, out, output=tmp_path / f"fused {number}")
         assert off(base, tmp_path / f"fused {number}", kind, deltas) <= 2.0**-22, target
+
+
+@pytest.mark.parametrize("kind", ["GraniteMoeShared", "AriaText", "NemotronH", "JetMoe"])
+def test_what_was_fused_is_extracted(kind, tmp_path):
+    """JetMoE's modules that are one stack each had no place in a LoRA."""
+    base = tmp_path / "base"
+    model_of(kind).save_pretrained(base)
+    deltas = saved(kind, tmp_path / "a")
+    lt.fuse(base, tmp_path / "a", output=tmp_path / "fused")
+    lt.extract(base, tmp_path / "fused", rank=RANK, output=tmp_path / "b")
+    lt.fuse(base, tmp_path / "b", output=tmp_path / "again")
+    assert off(base, tmp_path / "again", kind, deltas) <= 2.0**-20

@@ -70,3 +70,18 @@ def test_a_number_of_experts_that_only_the_file_tells_is_told(asked, tmp_path):
     partial = save(tmp_path / "partial", (tensors, config))
     with pytest.raises(LoratoolsError, match="the number of experts in the layer"):
         lt.convert(partial, output=tmp_path / "c", **asked)
+
+
+@pytest.mark.parametrize(
+    ("program", "says", "hint"),
+    [
+        ("lorax", "reads no factors of experts", "loratools fuse"),
+        ("tensorrt-llm", "is not known here", "`experts=each`"),
+        ("vllm@0.26", "is not known here", "`experts=each`"),
+    ],
+)
+def test_what_nobody_looked_up_is_not_said_to_be_refused(program, says, hint, tmp_path):
+    folder = save(tmp_path / "a", stacked(Change()))
+    with pytest.raises(LoratoolsError, match=says) as told:
+        lt.convert(folder, for_=program, output=tmp_path / "b")
+    assert hint in told.value.hint

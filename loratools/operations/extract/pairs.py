@@ -303,13 +303,14 @@ class Comparison:
             return Pair(key, old, new, "none", hint=hint)
         if dims <= 1 or old.shape != new.shape or self._is_shared(key):
             return Pair(key, old, new, "whole")
-        if leaf in _STACKED and module.endswith("experts") and dims == 3:
-            return self._stack(key, old, new)
+        stack = self._of_experts(key, old, new)
+        if stack is not None:
+            return stack
         if leaf == "in_proj_weight" and dims == 2 and "architectures" not in self.base.config:
             return Pair(key, old, new, "layer", Layer("linear"))
         if leaf == _PROJECTION and dims == 2 and "architectures" not in self.base.config:
             return Pair(key, old, new, "layer", Layer("linear"), transposed=True)
-        if leaf != "weight" or dims > 5 or (dims == 3 and _PARALLEL.fullmatch(module)):
+        if leaf != "weight" or dims > 5:
             return Pair(key, old, new, "none")
         if dims > 2:
             return Pair(key, old, new, "layer", Layer("conv", kernel=old.shape[2:]))
@@ -338,6 +339,18 @@ class Comparison:
         if tie is not None and key in (tie.embedding, tie.head):
             return True
         return self._names.spelling(key).removesuffix(".weight") in self._shared
+
+    def _of_experts(self, key: str, old: TensorRef, new: TensorRef) -> Pair | None:
+        """Return a pair of stacked experts; None if it is none."""
+        module, _, leaf = key.rpartition(".")
+        if len(old.shape) == 3 and leaf in _STACKED and module.endswith("experts"):
+            return self._stack(key, old, new)
+        if len(old.shape) != 3 or leaf != "weight" or not _PARALLEL.fullmatch(module):
+            return None
+        if "jetmoe" not in self._names.types_of(key):  # whose modules are one stack each
+            return Pair(key, old, new, "none")
+        layer = Layer("experts", (), (key,), swapped=False)
+        return Pair(key, old, new, "layer", layer)
 
     def _stack(self, key: str, old: TensorRef, new: TensorRef) -> Pair:
         """Return a pair of stacked experts; how their matrices lie depends on the model type."""

@@ -48,11 +48,7 @@ def layout_for(
     if not target.expert_layouts:
         if target.formats[0] != "peft":
             return None
-        raise UnsupportedError(
-            f"{target.label} reads no factors of experts",
-            path=adapter.source,
-            hint=FUSE_INSTEAD,
-        )
+        raise _none_known(target, adapter)
     if target.stacked_experts:
         types = types_of(adapter, base)
         if not types:
@@ -65,6 +61,17 @@ def layout_for(
         if types & set(target.stacked_experts):
             return "stacked"
     return cast(ExpertLayoutName, target.expert_layouts[0])
+
+
+def _none_known(target: Target, adapter: Adapter) -> UnsupportedError:
+    if target.experts in ("refused", "ignored"):
+        text = f"{target.label} reads no factors of experts"
+        return UnsupportedError(text, path=adapter.source, hint=FUSE_INSTEAD)
+    return UnsupportedError(
+        f"which layout of experts {target.label} reads is not known here",
+        path=adapter.source,
+        hint="Choose a layout in place of the program, such as `experts=each`",
+    )
 
 
 def _is_of_experts(name: str) -> bool:
