@@ -20,9 +20,10 @@ PREFIX = "base_model.model."
 
 
 class TestPeft(FormatConformance):
-    """A folder with every kind of tensor that PEFT writes."""
+    """A folder with every kind of tensor that PEFT writes together."""
 
     format: Format = get_format("peft")
+    biases = False  # of factors, which PEFT has beside neither embeddings nor experts
 
     def make_sample(self, folder: Path) -> Path:
         rng = np.random.default_rng(0)
@@ -33,22 +34,26 @@ class TestPeft(FormatConformance):
         tensors = {
             "layers.0.q_proj.lora_A.weight": bf16(8, 20),
             "layers.0.q_proj.lora_B.weight": bf16(12, 8),
-            "layers.0.q_proj.lora_B.bias": bf16(12),
             "layers.1.q_proj.lora_A.weight": bf16(4, 20),
             "layers.1.q_proj.lora_B.weight": bf16(12, 4),
             "conv.lora_A.weight": bf16(8, 3, 5, 5),
             "conv.lora_B.weight": bf16(6, 8, 1, 1),
-            "embed.lora_embedding_A": bf16(8, 50),
-            "embed.lora_embedding_B": bf16(16, 8),
-            "mlp.experts.lora_A.weight": bf16(24, 10),
-            "mlp.experts.lora_B.weight": bf16(14, 24),
-            "mlp.experts.base_layer.lora_A.weight": bf16(24, 7),
-            "mlp.experts.base_layer.lora_B.weight": bf16(10, 24),
             "classifier.weight": bf16(3, 12),
             "classifier.bias": bf16(3),
             "tokens.token_adapter.trainable_tokens_delta": bf16(2, 16),
             "unrelated.buffer": np.arange(4, dtype=np.int64),
         }
+        if self.biases:
+            tensors["layers.0.q_proj.lora_B.bias"] = bf16(12)
+        else:
+            tensors |= {
+                "embed.lora_embedding_A": bf16(8, 50),
+                "embed.lora_embedding_B": bf16(16, 8),
+                "mlp.experts.lora_A.weight": bf16(24, 10),
+                "mlp.experts.lora_B.weight": bf16(14, 24),
+                "mlp.experts.base_layer.lora_A.weight": bf16(24, 7),
+                "mlp.experts.base_layer.lora_B.weight": bf16(10, 24),
+            }
         save_file(
             {PREFIX + name: tensor for name, tensor in tensors.items()},
             folder / "adapter_model.safetensors",
@@ -61,18 +66,25 @@ class TestPeft(FormatConformance):
             "lora_alpha": 12,
             "rank_pattern": {"layers.1.q_proj": 4},
             "alpha_pattern": {"q_proj": 6.5},
-            "lora_bias": True,
+            "lora_bias": self.biases,
             "modules_to_save": ["classifier"],
-            "target_modules": ["q_proj", "conv", "embed"],
-            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+            "target_modules": ["q_proj", "conv", *([] if self.biases else ["embed"])],
             "trainable_token_indices": {"tokens": [3, 9]},
         }
+        if not self.biases:
+            config["target_parameters"] = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
         (folder / "adapter_config.json").write_text(json.dumps(config))
         return folder
 
     def stored_keys(self, path: Path) -> set[str]:
         with safe_open(path / "adapter_model.safetensors", "numpy") as file:
             return set(file.keys())
+
+
+class TestPeftWithBiases(TestPeft):
+    """A folder with biases of factors."""
+
+    biases = True
 
 
 class SingleFileConformance(FormatConformance):

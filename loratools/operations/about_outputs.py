@@ -18,6 +18,6 @@ def about_output(adapter: Adapter) -> list[Finding]:
     lost = about_alphas(adapter, known_targets()["diffusers"])
     if lost is None:
         return found
-    text = f"{lost.message}. For diffusers, convert the output with --to diffusers"
+    text = f"{lost.message}. Files of diffusers' own naming have no such fault"
     hint = "For diffusers: loratools convert OUTPUT --to diffusers -o converted.safetensors"
     return [*found, Finding("alpha-of-others", "warning", lost.where, text, hint)]

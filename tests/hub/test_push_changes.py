@@ -12,6 +12,7 @@ import loratools as lt
 from loratools.face import push as pushing
 from loratools.hub import upload
 from loratools_formats.disk.errors import AdapterError, LoratoolsError
+from loratools_formats.disk.provenance import PROVENANCE_FILE
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # The requests that a push makes once it has looked at the repository, in their order.
@@ -40,6 +41,7 @@ def adapter(request, tmp_path):
         tensors = load_file(folder / WEIGHTS)
         tensors |= {"base_model.model.lm_head.weight": np.ones((700, 500), "f4")}
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / PROVENANCE_FILE).unlink()  # of the weights before, which push leaves out
     return folder
 
 

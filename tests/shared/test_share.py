@@ -284,13 +284,14 @@ def test_the_type_may_be_another(tmp_path):
     assert taken.relative_error <= 4 * 2.0**-24
 
 
-def test_other_tensors_come_out_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("sample", ["TestPeft", "TestPeftWithBiases"])
+def test_other_tensors_come_out_bit_for_bit(tmp_path, sample):
     """Saved modules, biases of factors, convolutions, embeddings, experts, and what is carried."""
-    from test_conformance import TestPeft
+    import test_conformance
 
     folder = tmp_path / "adapter"
     folder.mkdir()
-    TestPeft().make_sample(folder)
+    getattr(test_conformance, sample)().make_sample(folder)
     shared = tmp_path / "set.safetensors"
     result = lt.fleet_share([folder], rank=64, output=shared)
     assert result.relative_error <= 4 * 2.0**-8

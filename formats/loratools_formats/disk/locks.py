@@ -9,9 +9,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-if sys.platform != "win32":
-    import fcntl
-
 _MOST_SECONDS = 10.0
 _PAUSE_SECONDS = 0.005
 
@@ -49,6 +46,10 @@ def _locked(folder: Path) -> int | None:
 
 def _taken(descriptor: int) -> bool:
     if sys.platform == "win32":
+        return False
+    try:
+        import fcntl
+    except ImportError:
         return False
     end = time.monotonic() + _MOST_SECONDS
     while True:
