@@ -118,7 +118,8 @@ def test_processes_have_one_blas_thread_and_a_limit_of_memory(monkeypatch):
     assert limits == [700_000_000, 700_000_000]
 
 
-def test_a_scheduler_that_is_not_there_is_told_in_one_line(adapters, tmp_path):
+def test_a_scheduler_that_is_not_there_is_told_in_one_line(adapters, tmp_path, monkeypatch):
+    monkeypatch.setenv("DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT", "2s")  # 30 s if nobody says
     given = ("fleet", "squeeze", "adapters/*", "-o", "out", "--scheduler", "tcp://127.0.0.1:9")
     code, _, err = run(*given, *RANK, cwd=tmp_path)
     assert code == 2

@@ -6,6 +6,7 @@ whatever output, brings the pair together.
 
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -51,17 +52,12 @@ def _pair(folder):
     return tuple(path.read_text() if path.exists() else None for path in found)
 
 
-@pytest.fixture(params=["renameat2", "links", "neither"])
-def system(request, monkeypatch):
-    """Systems with renames that replace nothing, with hard links only, and with neither."""
-    if request.param != "renameat2":
-        monkeypatch.setattr(renames, "_renamed", lambda *_: False)
-    if request.param == "neither":
+SYSTEMS = ("renameat2", "links", "neither")
+"""With renames that replace nothing, with hard links only, and with neither."""
 
-        def refused(*_, **__):
-            raise PermissionError(1, "no links here")
 
-        monkeypatch.setattr(os, "link", refused)
+def _refused(*_, **__):
+    raise PermissionError(1, "no links here")
 
 
 OLD = ("old", f"{MARK} old")
@@ -76,13 +72,28 @@ BEFORE = {
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
-@pytest.mark.usefixtures("system")
+@pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.parametrize("before", BEFORE)
-def test_an_output_never_lies_beside_the_statement_of_another(tmp_path, before):
+def test_an_output_never_lies_beside_the_statement_of_another(tmp_path, before, system):
+    """In a process of its own, since a fork of a large one takes long."""
+    done = subprocess.run(
+        [sys.executable, __file__, tmp_path, before, system],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def _killed_before_each_line(place, before, system):
+    if system != "renameat2":
+        renames._renamed = lambda *_: False
+    if system == "neither":
+        os.link = _refused
     overwrite = BEFORE[before][0] is not None
     seen = set()
     for line in range(2000):
-        folder = tmp_path / str(line)
+        folder = place / str(line)
         folder.mkdir()
         for name, content in zip(NAMES, BEFORE[before], strict=True):
             if content is not None:
@@ -102,7 +113,7 @@ def test_an_output_never_lies_beside_the_statement_of_another(tmp_path, before):
             assert after == NEW
             break
     else:
-        pytest.fail("it does not end")
+        raise AssertionError("it does not end")
     assert seen == {BEFORE[before], NEW}
 
 
@@ -133,3 +144,7 @@ def test_what_belongs_to_an_output_elsewhere_is_only_removed(tmp_path):
     place = Path(f"{link}.statement.json")
     one = beside.Beside.of(place, b"", temporaries.temporary_beside(tmp_path / "real" / "y.bin"))
     assert not one.temporary.name.endswith("-new")
+
+
+if __name__ == "__main__":
+    _killed_before_each_line(Path(sys.argv[1]), *sys.argv[2:])

@@ -286,8 +286,9 @@ def _without(missing: list[str], adapter: Adapter) -> str:
     form = get_format(adapter.format)
     if not kept or not form.is_writable or form.naming is not None:
         return OTHER_BASE
-    drop = f"--to {form.name} --drop {shlex.quote(pattern_of(gone, kept))}"
-    return f"{OTHER_BASE} Without them: {command_on(adapter, 'convert', drop, output='without')}"
+    pattern = shlex.quote(pattern_of(gone, kept))
+    command = command_on(adapter, "convert", f"--to {form.name} --drop {pattern}", output="without")
+    return f"{OTHER_BASE} Without them: {command}"
 
 
 def _refuse_clashes(names: Names, deltas: list[Placement]) -> None:
