@@ -11,7 +11,6 @@ from fleet_runs import (
     contents,
     environment,
     fleet,
-    run,
     start,
     wait_until,
     write_adapters,
@@ -118,12 +117,21 @@ def test_processes_have_one_blas_thread_and_a_limit_of_memory(monkeypatch):
     assert limits == [700_000_000, 700_000_000]
 
 
-def test_a_scheduler_that_is_not_there_is_told_in_one_line(adapters, tmp_path, monkeypatch):
-    monkeypatch.setenv("DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT", "2s")  # 30 s if nobody says
+IMPATIENT = """
+from loratools.work import cluster
+cluster._START_SECONDS = 2  # a minute otherwise
+from loratools.cli import main
+main()
+"""
+
+
+def test_a_scheduler_that_is_not_there_is_told_in_one_line(adapters, tmp_path):
     given = ("fleet", "squeeze", "adapters/*", "-o", "out", "--scheduler", "tcp://127.0.0.1:9")
-    code, _, err = run(*given, *RANK, cwd=tmp_path)
-    assert code == 2
-    assert err.startswith("error: the scheduler cannot be reached")
+    command = [sys.executable, "-c", IMPATIENT, *given, *RANK]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the scheduler cannot be reached")
+    assert done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists(), "exit 2 says that nothing was written"
 
 
