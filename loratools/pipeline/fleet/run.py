@@ -28,7 +28,7 @@ from loratools.work.parallel import check_workers, usable_cores
 from loratools.work.requests import Progress
 from loratools.work.shard import Shard, shard, shard_of_environment
 from loratools.work.spellings import nbytes
-from loratools_formats.disk.errors import OptionError
+from loratools_formats.disk.errors import LoratoolsError, OptionError
 
 _SAVE_SECONDS = 15.0
 _LAUNCHERS = f"{OWN}/launchers"
@@ -239,9 +239,6 @@ class Plan:
         )
 
     def _run(self, ended: list[Outcome], tell: Told | None) -> None:
-        engine = Engine(self._options.workers, self._options.scheduler, self._options.memory_limit)
-        if len(self.tasks) < 2 and engine.scheduler is None:
-            engine = Engine(1, None, None)
         manifest = None
         if self._store is not None:
             call = self._verb.recorded(self._settings)
@@ -253,7 +250,7 @@ class Plan:
         if manifest is not None:
             tasks = [replace(each, seen=manifest.seen(each.name, each.source)) for each in tasks]
         names = {each.name for each in tasks}
-        running = outcomes(tasks, engine)
+        running, has_started = outcomes(tasks, self._engine()), True
         try:
             for outcome in running:
                 known = outcome if manifest is None else manifest.remembered(outcome)
@@ -265,15 +262,25 @@ class Plan:
                     saved = time.monotonic()
                 if self._options.fail_fast and outcome.state == "failed":
                     break
+        except LoratoolsError:  # of the engine; a signal may come after workers made something
+            has_started = bool(ended)
+            raise
         finally:
             running.close()
             try:
-                if manifest is not None and ended:
+                if manifest is not None and has_started:
                     manifest.write(ended, names)
             finally:
                 self._end(first=mine)
-                if self._store is not None and is_new and not ended:
+                if self._store is not None and is_new and not has_started:
                     self._store.drop()
+
+    def _engine(self) -> Engine:
+        options = self._options
+        is_alone = len(self.tasks) < 2 and options.scheduler is None
+        if is_alone:
+            return Engine(1, None, None)
+        return Engine(options.workers, options.scheduler, options.memory_limit)
 
     def _begin(self) -> bool:
         """Return whether this launcher is the first at this shard, as far as marks tell."""
