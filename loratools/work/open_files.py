@@ -6,6 +6,7 @@ Systems start processes with a soft limit, often 1,024 files, below the hard one
 from __future__ import annotations
 
 import contextlib
+import os
 
 _OTHERS = 128  # libraries, scratch files, outputs
 
@@ -17,9 +18,17 @@ def allow_open_files(count: int) -> None:
     except ImportError:  # not on Windows
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * count + _OTHERS  # weights, and pickles or configurations that stay open
+    # Weights, and pickles or configurations that stay open, beside what this process has open.
+    wanted = 2 * count + _OTHERS + _open_now()
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return
     most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def _open_now() -> int:
+    try:
+        return len(os.listdir("/dev/fd"))
+    except OSError:
+        return 0
