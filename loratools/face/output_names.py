@@ -28,9 +28,7 @@ def check_name(output: Path, format_name: str, *, asked: bool = False) -> None:
         return
     for entry in registered_formats():
         other = entry.format
-        if other is None or other.is_folder or other.write is None:
-            continue
-        if other.fits(output.name):
+        if other is not None and not other.is_folder and other.fits(output.name):
             folder = shlex.quote(str(output.with_suffix("")))
             more = f", and make the file of it: {_conversion(folder, output)}"
             raise OptionError(
@@ -51,10 +49,10 @@ def about_name(output: Path, format_name: str) -> list[Finding]:
 
 
 def _conversion(folder: str, output: Path) -> str:
-    """Return the command that makes a folder the file that an output is named as."""
-    file = shlex.quote(str(output))
+    """Return the command that makes a file of a folder, as an output is named or safetensors."""
     if output.suffix.lower() == ".gguf":
-        return f"loratools convert --to gguf --base MODEL {folder} -o {file}"
+        return f"loratools convert --to gguf --base MODEL {folder} -o {shlex.quote(str(output))}"
+    file = shlex.quote(str(output.with_suffix(".safetensors")))
     return f"loratools convert --to safetensors {folder} -o {file}"
 
 

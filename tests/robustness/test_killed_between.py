@@ -117,10 +117,11 @@ def _killed_before_each_line(place, before, system):
     assert seen == {BEFORE[before], NEW}
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
 def test_two_that_publish_at_once_leave_one_pair(tmp_path):
     children = []
     for content in ("old", "new"):
-        child = os.fork() if hasattr(os, "fork") else pytest.skip("the system does not fork")
+        child = os.fork()
         if not child:
             for _ in range(40):
                 _make(tmp_path / NAMES[0], content, overwrite=True)

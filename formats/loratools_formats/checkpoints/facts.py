@@ -74,7 +74,9 @@ HEAD_BIASES = {
 
 _HEAD_CLASSES = (
     "ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "ForMaskedLM", "ForPreTraining",
+    "BertGenerationDecoder", "Blip2Model",
 )  # fmt: skip
+"""How classes with an output layer are called at the end; the last two in full."""
 
 CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 

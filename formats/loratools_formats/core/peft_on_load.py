@@ -8,17 +8,22 @@ Source: `transformers_weight_conversion.py` of peft 0.21.2, run with transformer
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from loratools_formats.core.adapter import Adapter
-from loratools_formats.core.expert_names import OF_MIXTRAL
+from loratools_formats.core.expert_names import LISTED, OF_MIXTRAL, SINGLE
 from loratools_formats.core.findings import Finding
+from loratools_formats.core.peft_facts import stacked_on_loading
 
-_SINGLE = re.compile(r"(?:.*\.)?experts\.\d+\.(?P<leaf>\w+)|.*\.(?:gate_up|down)_projs\.\d+")
 _NOT_CONVERTED = frozenset({"nemotron_h", "lfm2_moe", "gpt_oss", "llama4", "llama4_text"})
 """Models whose single experts PEFT on transformers 5 loads without converting any; we ran it."""
+
+
+def parameters_of(adapter: Adapter) -> list[str]:
+    """Return the modules of an adapter that PEFT adapts as parameters, single experts included."""
+    found = [name for name, change in adapter.modules.items() if change.layer.parameters]
+    return found or stacked_on_loading(adapter.modules)
 
 
 def about_load(
@@ -40,11 +45,10 @@ def lost_on_load(
         types: the model types of its base, as far as they are known.
         config: its configuration.
     """
-    single = {name: match for name in adapter.modules if (match := _SINGLE.fullmatch(name))}
+    single = _single_experts(adapter)
     if not single:
         return
-    first = next(iter(single))
-    leaves = {match["leaf"] or "" for match in single.values()}
+    first, leaves = next(iter(single)), set(single.values())
     unread = not_converted(types)
     if unread is not None:
         yield f"PEFT changes no expert of {unread} by adapters of single experts", first
@@ -76,11 +80,21 @@ def not_converted(types: Collection[str]) -> str | None:
     return next(iter(sorted(_NOT_CONVERTED.intersection(types))), None)
 
 
-def _without_down(single: Mapping[str, re.Match[str]]) -> Iterator[tuple[str, str]]:
+def _single_experts(adapter: Adapter) -> dict[str, str]:
+    """Return projections of single experts, and what each is called; empty if it is of a list."""
+    found = {}
+    for name in adapter.modules:
+        if match := SINGLE.fullmatch(name):
+            found[name] = match["leaf"]
+        elif LISTED.fullmatch(name):
+            found[name] = ""
+    return found
+
+
+def _without_down(single: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """Yield a layer whose gate and up PEFT nests in a stack of down that it has not."""
     found: dict[str, dict[str, str]] = {}
-    for name, match in single.items():
-        leaf = match["leaf"] or ""
+    for name, leaf in single.items():
         of_layer = found.setdefault(name.rpartition(".experts.")[0], {})
         of_layer.setdefault(OF_MIXTRAL.get(leaf, leaf), name)
     for of_layer in found.values():
@@ -91,7 +105,7 @@ def _without_down(single: Mapping[str, re.Match[str]]) -> Iterator[tuple[str, st
 
 
 def _rescaled(
-    adapter: Adapter, single: Mapping[str, re.Match[str]], config: Mapping[str, Any]
+    adapter: Adapter, single: Mapping[str, str], config: Mapping[str, Any]
 ) -> Iterator[tuple[str, str]]:
     """Yield what PEFT scales otherwise as it stacks single experts.
 
@@ -102,14 +116,14 @@ def _rescaled(
     by_stack: dict[tuple[str, str], set[tuple[int | None, float]]] = {}
     joined: list[str] = []
     unheard: set[str] = set()
-    for name, match in single.items():
+    for name, called in single.items():
         change = adapter.modules[name]
         if change.factors is None:
             continue
-        leaf = OF_MIXTRAL.get(match["leaf"] or "", match["leaf"] or "")
+        leaf = OF_MIXTRAL.get(called, called)
         if leaf in ("gate_proj", "up_proj"):
             joined.append(name)
-        if leaf in ("gate_proj", "up_proj") or leaf != match["leaf"]:
+        if leaf in ("gate_proj", "up_proj") or leaf != called:
             unheard.add(leaf)
         owner = name.rpartition(".experts.")[0]
         by_stack.setdefault((owner, leaf), set()).add((change.rank, change.factors.scale))

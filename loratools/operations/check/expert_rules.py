@@ -9,9 +9,8 @@ from loratools.operations.check.serving import each_target
 from loratools.operations.check.subject import Subject
 from loratools.operations.check.targets import Target
 from loratools.operations.convert.experts.groups import types_of
-from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
-from loratools_formats.core.peft_on_load import lost_on_load
+from loratools_formats.core.peft_on_load import lost_on_load, parameters_of
 
 
 def _types(subject: Subject, adapter: Adapter) -> frozenset[str]:
@@ -27,13 +26,13 @@ def _lost(subject: Subject) -> Iterator[Found]:
 
 
 def _dropout(subject: Subject) -> Iterator[Found]:
+    """Yield the first module that PEFT adapts as a parameter, which bears no dropout."""
     adapter = subject.adapter
-    if adapter is None or adapter.format != "peft":
+    if adapter is None or adapter.format != "peft" or not subject.config.get("lora_dropout"):
         return
-    for told in get_format("peft").writing_findings(adapter):
-        if told.code == "dropout-left-out":
-            text = "PEFT on transformers 5 does not load adapters of experts with lora_dropout"
-            yield Found(text, told.where)
+    for name in parameters_of(adapter)[:1]:
+        text = "PEFT on transformers 5 does not load adapters of experts with lora_dropout"
+        yield Found(text, name)
 
 
 def _layout(subject: Subject, adapter: Adapter, target: Target) -> Iterator[Found]:

@@ -13,30 +13,24 @@ from typing import Any
 
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.findings import Finding
-from loratools_formats.core.peft_facts import stacked_on_loading
+from loratools_formats.core.peft_on_load import parameters_of
 from loratools_formats.disk.errors import UnsupportedError
 from loratools_formats.formats.peft.experts.packed import PACKED
 
 
-def parameters_of(adapter: Adapter) -> list[str]:
-    """Return the modules of an adapter that PEFT adapts as parameters, single experts included."""
-    found = [name for name, change in adapter.modules.items() if change.layer.parameters]
-    return found or stacked_on_loading(adapter.modules)
-
-
-def borne(values: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
-    """Return a configuration that PEFT takes with the parameters that an adapter changes.
-
-    Raises:
-        UnsupportedError: modules have biases of factors beside parameters or embeddings.
-    """
-    _refuse_biases(adapter)
+def without_dropout(values: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
+    """Return a configuration without dropout, if an adapter changes parameters."""
     if values.get("lora_dropout") and parameters_of(adapter):
         return {**values, "lora_dropout": 0.0}
     return values
 
 
-def _refuse_biases(adapter: Adapter) -> None:
+def refuse_biases(adapter: Adapter) -> None:
+    """Refuse to write biases of factors beside parameters or embeddings.
+
+    Raises:
+        UnsupportedError: there are both.
+    """
     biased = [n for n, c in adapter.modules.items() if c.factors and c.factors.bias is not None]
     if not biased or adapter.write_as in PACKED:
         return

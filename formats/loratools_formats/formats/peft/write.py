@@ -20,14 +20,18 @@ from loratools_formats.core.factors import alpha_of, kept_whole
 from loratools_formats.core.file_names import ADAPTER_CONFIG, PEFT_WEIGHTS
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.peft_facts import family_of, stacked_on_loading
-from loratools_formats.core.peft_on_load import about_load
+from loratools_formats.core.peft_on_load import about_load, parameters_of
 from loratools_formats.core.peft_patterns import settings_of
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.disk.files import copy_whole
 from loratools_formats.formats.peft import keys
-from loratools_formats.formats.peft.beside_parameters import about_dropout, borne, parameters_of
+from loratools_formats.formats.peft.beside_parameters import (
+    about_dropout,
+    refuse_biases,
+    without_dropout,
+)
 from loratools_formats.formats.peft.config import PeftConfig
 from loratools_formats.formats.peft.experts.packed import (
     PACKED,
@@ -52,8 +56,10 @@ def write(adapter: Adapter, path: Path) -> None:
     """Write config, weights and attachments into the existing, empty folder `path`.
 
     Raises:
-        UnsupportedError: a module's rank and scale cannot be expressed.
+        UnsupportedError: a module's rank and scale cannot be expressed, or PEFT does not bear its
+            biases beside what else is adapted.
     """
+    refuse_biases(adapter)
     adapter = sayable(adapter)
     config = strict_json.dumps(config_for(adapter), indent=2)
     (path / ADAPTER_CONFIG).write_text(config + "\n", encoding="utf-8")
@@ -134,7 +140,10 @@ def about_experts(adapter: Adapter) -> list[Finding]:
     Raises:
         UnsupportedError: they cannot be.
     """
-    if adapter.format != "peft" or not parameters_of(adapter):
+    if adapter.format != "peft":
+        return []
+    refuse_biases(adapter)
+    if not parameters_of(adapter):
         return []
     adapter = sayable(adapter)
     if adapter.write_as in PACKED:
@@ -148,8 +157,7 @@ def config_for(adapter: Adapter) -> dict[str, Any]:
     """Return the configuration to write.
 
     Raises:
-        UnsupportedError: the adapter comes from another format and has no PEFT configuration, or
-            PEFT bears no such settings together.
+        UnsupportedError: the adapter comes from another format and has no PEFT configuration.
     """
     if adapter.format != "peft":
         raise UnsupportedError(
@@ -163,7 +171,7 @@ def config_for(adapter: Adapter) -> dict[str, Any]:
         return dict(adapter.config)
     values = _with_kinds(adapter)
     values = values if _keeps_config(adapter) else _rewritten(values, adapter)
-    return borne(packed_config(adapter, values), adapter)
+    return without_dropout(packed_config(adapter, values), adapter)
 
 
 def _with_kinds(adapter: Adapter) -> dict[str, Any]:
