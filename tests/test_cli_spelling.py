@@ -191,6 +191,8 @@ def test_no_input_is_an_output(tmp_path, monkeypatch, arguments):
 def test_results_are_not_named_as_other_files(tmp_path):
     done = run("squeeze", LORA, "-o", tmp_path / "out.gguf", "--rank", 1)
     assert "format peft is a folder, and the output is named as a file" in str(done.exception)
+    hint = run("squeeze", LORA, "-o", tmp_path / "out.bin", "--rank", 1).exception.hint
+    assert hint.endswith(f"--to safetensors {tmp_path}/out -o {tmp_path}/out.safetensors")
     assert "cannot go to stdout" in str(run("squeeze", LORA, "-o", "-", "--rank", 1).exception)
     assert list(tmp_path.iterdir()) == []
 

@@ -11,7 +11,7 @@ import pytest
 import tiny_models
 from expert_models import ROUNDING, Model, off
 from peft import LoraConfig, get_peft_model
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import loratools as lt
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -245,9 +245,31 @@ def test_biases_of_factors_do_not_go_beside_experts(tmp_path):
     biased = tmp_path / "biased"
     config = LoraConfig(target_modules=["o_proj"], lora_bias=True, init_lora_weights=False)
     get_peft_model(model.loaded(), config).save_pretrained(str(biased))
-    with pytest.raises(lt.LoratoolsError, match="lora_bias"):
-        lt.merge([biased, experts], output=tmp_path / "out")
+    for output in (tmp_path / "out", None):
+        with pytest.raises(lt.LoratoolsError, match="lora_bias"):
+            lt.merge([biased, experts], output=output)
     assert not (tmp_path / "out").exists()
+
+
+def test_biases_of_factors_beside_experts_are_measured_and_not_written(tmp_path):
+    model = Model("MixtralForCausalLM", 24, tmp_path)
+    folder = model.adapter("a", target_modules=["o_proj"], use_rslora=False)
+    weights = load_file(folder / "adapter_model.safetensors")
+    weights |= {
+        key.replace("weight", "bias"): np.ones(len(value), np.float32)
+        for key, value in weights.items()
+        if "o_proj.lora_B" in key
+    }
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    file = folder / "adapter_config.json"
+    stated = {"lora_bias": True, "lora_dropout": 0.1}
+    file.write_text(json.dumps(json.loads(file.read_text()) | stated))
+    measured = lt.spectrum(folder)
+    assert measured.suggestions
+    assert measured.frobenius > 0
+    assert "LT414" in {finding.code for finding in lt.check(folder).findings}
+    with pytest.raises(UnsupportedError, match="lora_bias"):
+        lt.squeeze(folder, rank=2, output=tmp_path / "out")
 
 
 def test_names_of_4_stay_what_they_are(tmp_path):

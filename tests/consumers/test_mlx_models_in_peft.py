@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import mlx_adapters
 import numpy as np
 import peft_oracle
 import pytest
@@ -102,9 +103,7 @@ def assert_close(got, want, share=5e-5):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_both_compute_the_same_with_an_adapter(name, tmp_path):
-    import mlx.core as mx
-    from mlx.utils import tree_flatten
-    from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
+    from mlx_lm.tuner.utils import load_adapters
     from mlx_lm.utils import load_model
     from peft import PeftModel
 
@@ -112,19 +111,7 @@ def test_both_compute_the_same_with_an_adapter(name, tmp_path):
     base = tmp_path / "base"
     model, _ = load_model(tmp_path / "for-mlx", strict=False)
     assert_close(of_mlx(model), of_torch(cls.from_pretrained(base)))
-    model.freeze()
-    parameters = {"rank": 4, "scale": 2.0, "dropout": 0.0}
-    linear_to_lora_layers(model, 2, parameters)  # of all layers, routers and experts among them
-    random = np.random.default_rng(0)
-    weights = {
-        key: mx.array((random.normal(size=value.shape) * 0.1).astype("f4"))
-        for key, value in tree_flatten(model.trainable_parameters())
-    }
-    model.load_weights(list(weights.items()), strict=False)
-    (tmp_path / "mlx").mkdir()
-    mx.save_safetensors(str(tmp_path / "mlx/adapters.safetensors"), weights)
-    config = {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": parameters}
-    (tmp_path / "mlx/adapter_config.json").write_text(json.dumps(config))
+    mlx_adapters.adapted(model, tmp_path / "mlx")  # routers and experts among the layers
     want = of_mlx(model)
 
     lt.convert(tmp_path / "mlx", to="peft", base=base, output=tmp_path / "peft")

@@ -189,32 +189,20 @@ def mixtral():
 @pytest.mark.parametrize("make", [mixtral, llava])
 def test_mlx_and_peft_agree_on_logits_both_ways(make, tmp_path):
     import mlx.core as mx
+    import mlx_adapters
     import numpy as np
     import torch
-    from mlx.utils import tree_flatten
-    from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
+    from mlx_lm.tuner.utils import load_adapters
     from mlx_lm.utils import load_model
     from peft import PeftModel
 
     words = [[1, 5, 9, 2, 7, 3, 11, 4]]
     make().save_pretrained(tmp_path / "base")
     model, _ = load_model(tmp_path / "base", strict=False)
-    model.freeze()
     keys = ["self_attn.q_proj"]
     block = "block_sparse_moe.switch_mlp" if make is mixtral else "mlp"
     keys += [f"{block}.{leaf}_proj" for leaf in ("gate", "up", "down")]
-    parameters = {"rank": 4, "scale": 2.0, "dropout": 0.0, "keys": keys}
-    linear_to_lora_layers(model, 2, parameters)
-    random = np.random.default_rng(0)
-    weights = {
-        key: mx.array((random.normal(size=value.shape) * 0.1).astype("f4"))
-        for key, value in tree_flatten(model.trainable_parameters())
-    }
-    model.load_weights(list(weights.items()), strict=False)
-    (tmp_path / "mlx").mkdir()
-    mx.save_safetensors(str(tmp_path / "mlx/adapters.safetensors"), weights)
-    config = {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": parameters}
-    (tmp_path / "mlx/adapter_config.json").write_text(json.dumps(config))
+    mlx_adapters.adapted(model, tmp_path / "mlx", keys)
     with pytest.raises(UnsupportedError, match=r"name .* differently"):
         lt.convert(tmp_path / "mlx", to="peft")
     base = tmp_path / "base"

@@ -145,25 +145,21 @@ def test_the_table_of_defaults_is_that_of_transformers():
 
 SMALL = {"num_hidden_layers": 1, "vocab_size": 40}
 OF_OPENAI = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 40, "n_positions": 16}
-BY_OTHER_NAMES = {
-    "embeddings": (T.MambaForCausalLM, {**SMALL, "hidden_size": 16, "state_size": 4}),
-    "word_embedding": (
-        T.XLNetLMHeadModel,
-        {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 32, "vocab_size": 40},
-    ),
-    "tokens_embed": (T.OpenAIGPTLMHeadModel, OF_OPENAI),
-    "w": (T.CTRLLMHeadModel, {**OF_OPENAI, "dff": 32}),
-    "word_embeddings": (
-        T.MegatronBertForMaskedLM,
-        {**SMALL, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32},
-    ),
-}  # fmt: skip
-"""By the name of the embedding: a class that ties it, and a small configuration."""
+OF_BERT = {**SMALL, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+OF_XLNET = {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 32, "vocab_size": 40}
+BY_OTHER_NAMES = [
+    ("embeddings", T.MambaForCausalLM, {**SMALL, "hidden_size": 16, "state_size": 4}),
+    ("word_embedding", T.XLNetLMHeadModel, OF_XLNET),
+    ("tokens_embed", T.OpenAIGPTLMHeadModel, OF_OPENAI),
+    ("w", T.CTRLLMHeadModel, {**OF_OPENAI, "dff": 32}),
+    ("word_embeddings", T.MegatronBertForMaskedLM, OF_BERT),
+    ("word_embeddings", T.BertGenerationDecoder, {**OF_BERT, "is_decoder": True}),
+]
+"""The name of an embedding, a class that ties it, and a small configuration."""
 
 
-@pytest.mark.parametrize("name", BY_OTHER_NAMES)
-def test_an_embedding_changes_alone_whatever_it_is_called(name, tmp_path):
-    kind, sizes = BY_OTHER_NAMES[name]
+@pytest.mark.parametrize(("name", "kind", "sizes"), BY_OTHER_NAMES)
+def test_an_embedding_changes_alone_whatever_it_is_called(name, kind, sizes, tmp_path):
     torch.manual_seed(0)
     kind(kind.config_class(**sizes)).save_pretrained(tmp_path / "base")
     config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=[name], init_lora_weights=False)
