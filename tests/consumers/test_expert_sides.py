@@ -214,6 +214,35 @@ def test_check_tells_what_peft_leaves_out_of_single_experts(which, tmp_path):
     assert off(model.fused(each), model.change(adapter)) <= ROUNDING
 
 
+ONE_SCALE = {
+    "stacked": {"experts": "stacked"}, "3d": {"experts": "3d"}, "tinker": {"to": "tinker"},
+    "names of 5": {"names_of": "5"}, "mlx": {"to": "mlx"}, "gguf": {"to": "gguf"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ONE_SCALE)
+def test_what_one_scale_for_several_rounds_is_told(layout, tmp_path):
+    """A stack has one scale, and experts one by one may have others; their ratio rounds B."""
+    model = Model("MixtralForCausalLM", 24, tmp_path)
+    each = tmp_path / "each"
+    lt.convert(model.adapter("a", use_rslora=False), base=model.base, names_of="4", output=each)
+    file = each / "adapter_config.json"
+    scales = {"alpha_pattern": {"experts.1.w2": 5, "experts.2.w1": 7}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | scales))
+    out = tmp_path / ("out.gguf" if layout == "gguf" else "out")
+    done = lt.convert(each, base=model.base, output=out, **ONE_SCALE[layout])
+    asked = {"to": "peft", "experts": "each", "base": model.base}
+    lt.convert(out, output=tmp_path / "again", **asked)
+    before, after = lt.read(each), lt.read(tmp_path / "again")
+    changes = [[lt.delta(each, name) for name in before.modules] for each in (before, after)]
+    error, whole = (
+        np.sqrt(sum(np.vdot(change, change) for change in some))
+        for some in ([y - x for x, y in zip(*changes, strict=True)], changes[0])
+    )
+    assert 0.0 < error / whole <= 2.0**-24
+    assert done.relative_error == pytest.approx(error / whole, rel=1e-6)
+
+
 @pytest.mark.parametrize("how", ["convert", "merge", "squeeze"])
 def test_experts_trained_with_dropout_load_in_peft(how, tmp_path):
     """PEFT on transformers 5 stacks single experts, and its parameters bear no dropout."""

@@ -81,13 +81,20 @@ def test_biases_of_factors_follow_a_scale_that_moves_into_them(tmp_path, asked):
     stated = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
     assert not stated["rank_pattern"] or asked["to"] == "peft"
     oracle.edit_config(tmp_path / "b", target_modules=["up", "square"])  # not a layer without bias
-    wanted = oracle.state(oracle.loaded(folder, case).merge_and_unload())
-    found = oracle.state(oracle.loaded(tmp_path / "b", case).merge_and_unload())
     before = oracle.base_state(case)
-    for name, value in oracle.changes(wanted, before).items():
-        rounding = 2.0**-23 if asked["to"] == "tinker" else 2.0**-8
-        assert oracle.distance(found[name] - before[name], value) <= rounding, name
-    assert done.other_error <= 2.0**-8
+    wanted, found = (
+        oracle.changes(oracle.state(oracle.loaded(each, case).merge_and_unload()), before)
+        for each in (folder, tmp_path / "b")
+    )
+    assert set(found) == set(wanted)
+    weights = [name for name in wanted if name.endswith(".weight")]
+    off = {name: found[name] - wanted[name] for name in weights}
+    error = oracle.norm(off) / oracle.norm({name: wanted[name] for name in weights})
+    other = max(oracle.distance(found[n], wanted[n]) for n in wanted if n not in weights)
+    # What is told is true, up to what adding a change to a base in float64 rounds.
+    assert done.relative_error == pytest.approx(error, rel=1e-6, abs=2.0**-48)
+    assert done.other_error == pytest.approx(other, rel=1e-6, abs=2.0**-48)
+    assert max(error, other) <= (2.0**-23 if asked["to"] == "tinker" else 2.0**-8)
 
 
 def test_embeddings_are_none_of_all_linear_layers(tmp_path):

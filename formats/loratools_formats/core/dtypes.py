@@ -6,8 +6,10 @@ floats; `ml_dtypes` supplies them and is imported only when one is met.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -151,7 +153,23 @@ def dtype_of_multiples(dtype: DType, ratios: Iterable[float]) -> DType:
     found = [ratio for ratio in ratios if ratio != 1.0]
     if not found or (dtype.code in _LONG_RANGE and all(map(is_power_of_two, found))):
         return dtype
-    return common_dtype([dtype, DTYPES["F32"]])
+    return common_dtype([dtype, DTYPES["F64" if _UNROUNDED.get() else "F32"]])
+
+
+_UNROUNDED = ContextVar("_UNROUNDED", default=False)
+
+
+@contextlib.contextmanager
+def unrounded_multiples() -> Iterator[None]:
+    """Let `dtype_of_multiples` take float64 in place of float32, which rounds.
+
+    What is made so is what errors of the narrower one are measured against.
+    """
+    before = _UNROUNDED.set(True)
+    try:
+        yield
+    finally:
+        _UNROUNDED.reset(before)
 
 
 def decode(data: bytes | bytearray | memoryview, dtype: DType, shape: tuple[int, ...]) -> Array:

@@ -108,6 +108,19 @@ def stored_as(delta: ModuleChange, dtype: str | None) -> ModuleChange:
     return delta.with_direction(replace(part, a=rounded(part.a, stored), b=rounded(part.b, stored)))
 
 
+def without_float64(delta: ModuleChange) -> ModuleChange:
+    """Return a change whose factors and bias are float32 where they were float64."""
+    part = delta.factors
+    if part is None or all(tensor.dtype.code != "F64" for tensor in part.tensors()):
+        return delta
+
+    def narrow(tensor: TensorRef) -> TensorRef:
+        return rounded(tensor, DTYPES["F32"]) if tensor.dtype.code == "F64" else tensor
+
+    bias = None if part.bias is None else narrow(part.bias)
+    return delta.with_direction(replace(part, a=narrow(part.a), b=narrow(part.b), bias=bias))
+
+
 def kept_whole(adapter: Adapter) -> list[str]:
     """Return the modules whose change is a full difference, which few formats have."""
     return [name for name, delta in adapter.modules.items() if delta.kind == "full"]

@@ -34,7 +34,8 @@ from loratools_formats.contract.format import Context, Format, Loss
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import ModuleChange
-from loratools_formats.core.factors import stored_as
+from loratools_formats.core.dtypes import unrounded_multiples
+from loratools_formats.core.factors import stored_as, without_float64
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.metadata import without_training_data
 from loratools_formats.disk.errors import OptionError, UnsupportedError
@@ -103,14 +104,15 @@ def prepare(
         context = replace(context, base=None)
     if adapter.format != target.name:
         adapter.require_true_delta("convert", target.caveats_kept)
-    model, wanted, laid = in_layout(
-        adapter,
-        target.name,
-        context.base,
-        experts,
-        lambda given: _in_model_terms(given, target, context, names_of),
-        names_of,
-    )
+    with unrounded_multiples():
+        model, wanted, laid = in_layout(
+            adapter,
+            target.name,
+            context.base,
+            experts,
+            lambda given: _in_model_terms(given, target, context, names_of),
+            names_of,
+        )
     model = model if single.as_it_is else _with_positive_scales(model)
     if target.name in ("gguf", "mlx") and context.base is not None and model.replacements:
         model = without_repeated(model, stored_in(context.base))
@@ -142,7 +144,7 @@ def prepare(
     exact, made = (
         # The configuration of others was there from the beginning.
         one if one.format == adapter.format else stated(one, wanted)
-        for one in _translated(model, named, target, context, single)
+        for one in _translated(adapter, model, named, target, context, single)
     )
     _refuse_other_form(made, adapter, target)
     options: dict[str, Any] = {"to": target.name, **single.record()}
@@ -220,6 +222,7 @@ def _lost_by_any_name(adapter: Adapter, target: Format) -> list[Loss]:
 
 
 def _translated(
+    adapter: Adapter,
     model: Adapter,
     named: Renamed,
     target: Format,
@@ -231,21 +234,35 @@ def _translated(
         stored = {name: stored_as(delta, context.dtype) for name, delta in model.modules.items()}
         return model, replace(model, modules=stored)
     unrounded = replace(model, modules={**model.modules, **named.exact})
-    exact = target.from_model(unrounded, replace(context, dtype=None))
+    with unrounded_multiples():
+        exact = target.from_model(unrounded, replace(context, dtype=None))
     keep = single.alpha == "keep"
+    plain = model if _has_float64(adapter) else _rounded(model)
     changed = {
-        name: of_true_rank(model.modules[name], keep_scale=keep)
-        for name in model.modules
+        name: of_true_rank(plain.modules[name], keep_scale=keep)
+        for name in plain.modules
         if name in named.split
     }
-    wanted = replace(model, modules={**model.modules, **changed}) if changed else model
+    wanted = replace(plain, modules={**plain.modules, **changed}) if changed else plain
     if target.naming is not None and not keep:
         rounding = single.alpha == "fold"
         modules = {n: folded(delta, rounding=rounding) for n, delta in wanted.modules.items()}
         wanted = replace(wanted, modules=modules)
-    if context.dtype is None and wanted is model and not named.exact:
+    is_same = wanted is model and not named.exact and not _has_float64(exact)
+    if context.dtype is None and is_same:
         return exact, exact
     return exact, target.from_model(wanted, context)
+
+
+def _has_float64(adapter: Adapter) -> bool:
+    return any(tensor.dtype.code == "F64" for tensor in adapter.tensors())
+
+
+def _rounded(model: Adapter) -> Adapter:
+    """Return a model with multiples as they are stored, of an adapter that has no float64."""
+    modules = {name: without_float64(change) for name, change in model.modules.items()}
+    is_same = all(modules[name] is change for name, change in model.modules.items())
+    return model if is_same else replace(model, modules=modules)
 
 
 def _named(
