@@ -327,7 +327,7 @@ def test_marks_are_made_while_others_take_the_empty_folder_away(tmp_path):
             store.write(".loratools-fleet/attempts/run/other", b"")
             store.remove(".loratools-fleet/attempts/run/other")
 
-    racers = [threading.Thread(target=others) for _ in range(3)]
+    racers = [threading.Thread(target=others, daemon=True) for _ in range(3)]
     for racer in racers:
         racer.start()
     try:
@@ -337,7 +337,7 @@ def test_marks_are_made_while_others_take_the_empty_folder_away(tmp_path):
     finally:
         stopped.set()
         for racer in racers:
-            racer.join()
+            racer.join(60)
     assert not (tmp_path / ".loratools-fleet").exists()
 
 
