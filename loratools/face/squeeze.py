@@ -106,7 +106,7 @@ def squeeze(
             hint="squeeze_choices shows what each rank costs",
         )
     given = trained(source, initial, reading, dropping)
-    writing = destination(writing, given.inputs[0], given.inputs)
+    writing = destination(writing, given.inputs[0], given.inputs, given.adapter.format)
     done = operation.squeeze(
         given.adapter,
         rule,

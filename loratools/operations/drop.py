@@ -8,7 +8,6 @@ change it was, so that a module of NaN can be taken out.
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -19,7 +18,7 @@ from loratools.folding.decomposed import rows_of
 from loratools.folding.module import checked_form, known_shape
 from loratools.folding.without_base import folds_alone
 from loratools.lowrank.matrices import matrices
-from loratools.work.selection import Dropping
+from loratools.work.selection import Dropping, module_paths
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import KindDelta, ModuleChange
@@ -49,7 +48,7 @@ def without_modules(adapters: Sequence[Adapter], dropping: Dropping) -> list[Ada
             "the pattern to drop finds no module",
             got=dropping.drop,
             expected=f"such as {names[0]}" if names else None,
-            hint=_listed(adapters[0]),
+            hint=module_paths(adapters[0].source),
         )
     return [_without(adapter, dropping) for adapter in adapters]
 
@@ -66,11 +65,6 @@ def _names(adapter: Adapter) -> list[str]:
 
 def _module_of(target: str) -> str:
     return target.rpartition(".")[0] or target
-
-
-def _listed(adapter: Adapter) -> str:
-    named = shlex.quote(str(adapter.source or "ADAPTER"))
-    return f"Module paths are listed by: loratools info {named} -v"
 
 
 def _without(adapter: Adapter, dropping: Dropping) -> Adapter:
@@ -90,7 +84,7 @@ def _without(adapter: Adapter, dropping: Dropping) -> Adapter:
             "no module would be left",
             path=adapter.source,
             got=f"all {len(_names(adapter))} leave by " + _patterns(dropping),
-            hint=_listed(adapter),
+            hint=module_paths(adapter.source),
         )
     kept = replace(
         adapter,

@@ -13,7 +13,6 @@ its magnitudes are kept, and the norm is taken again when the adapter is loaded.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,11 +36,11 @@ from loratools.operations.reported import ratio
 from loratools.work.provenance import InputFile, operation_record
 from loratools.work.requests import Progress
 from loratools.work.scratch import Scratch
-from loratools.work.selection import Selection
+from loratools.work.selection import Selection, require_selected
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import LowRank, ModuleChange
-from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
+from loratools_formats.disk.errors import OptionError, UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -227,16 +226,8 @@ def _selected(
     adapter: Adapter, modules: Mapping[str, ModuleChange], selection: Selection
 ) -> list[str]:
     adapter.require_true_delta("squeeze")
-    selected = [name for name in modules if name in selection]
-    if not selected:
-        named = shlex.quote(str(adapter.source or "ADAPTER"))
-        raise AdapterError(
-            "no module to squeeze",
-            path=adapter.source,
-            got=f"{len(modules)} modules in the adapter, none of them selected",
-            hint=f"Module paths are listed by: loratools info {named} -v",
-        )
-    return selected
+    require_selected(selection, modules, "squeeze", adapter.source)
+    return [name for name in modules if name in selection]
 
 
 @dataclass(frozen=True)

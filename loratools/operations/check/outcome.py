@@ -16,6 +16,7 @@ from loratools.operations.check.rule import Found, Group, Rule
 from loratools.operations.check.rules import OF_READERS, RULES, UNREADABLE
 from loratools.operations.check.subject import Subject, subject_of
 from loratools.work.json_object import hidden
+from loratools_formats.contract.path_kinds import missing
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.file_names import ADAPTER_CONFIG
@@ -136,7 +137,7 @@ class Asked:
             doubts = tuple(get_format(source.format).loading_findings(source))
             subject = Subject(source.source, source, None, self.base, targets, doubts)
         elif not os.path.lexists(source) and not is_there(source):
-            return Unchecked(str(source), "no such file or folder")
+            return Unchecked(str(source), str(missing(source)).removeprefix(f"{source}: "))
         else:
             subject = subject_of(
                 source,

@@ -24,7 +24,7 @@ from loratools.work.declared import option
 from loratools.work.parallel import in_order
 from loratools.work.requests import Progress
 from loratools.work.seeds import seed_of_64_bits
-from loratools.work.selection import Selection
+from loratools.work.selection import Selection, require_selected
 from loratools.work.typed import check_options
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter
@@ -127,7 +127,9 @@ def compare(
     named, found = in_one_naming(list(adapters.values()), base)
     many = len(named) >= MANY
     openers = [ThinModules(adapter, base, "compare") for adapter in named]
-    wanted = sorted({n for opener in openers for n in opener.modules if n in selection})
+    known = sorted({name for opener in openers for name in opener.modules})
+    require_selected(selection, known, "compare", named[0].source)
+    wanted = [name for name in known if name in selection]
     workspace = Workspace()
     done: list[_Module] = []
     for module in in_order(lambda n: _module(n, openers, options, workspace), wanted, workers):

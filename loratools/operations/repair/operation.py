@@ -42,7 +42,7 @@ from loratools.work.parallel import in_order
 from loratools.work.provenance import operation_record, record_metadata
 from loratools.work.requests import Progress
 from loratools.work.scratch import Scratch
-from loratools.work.selection import Selection
+from loratools.work.selection import Selection, require_selected
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.commands import command_on
 from loratools_formats.core.adapter import Adapter
@@ -126,8 +126,7 @@ def repair(
             )
     work = _Repair(adapter, options, base, compute or ComputeOptions(), scratch_folder)
     selection = selection or Selection()
-    if not any(name in selection for name in adapter.modules):
-        raise AdapterError("no module is selected", path=adapter.source)
+    require_selected(selection, adapter.modules, "repair", adapter.source)
     outcomes: list[_Outcome] = []
     names = list(adapter.modules)
     for outcome in in_order(lambda name: work.one(name, touched=name in selection), names, workers):

@@ -28,7 +28,7 @@ from loratools.operations.spectrum.result import BaseMeasures, MatrixReport, Spe
 from loratools.operations.spectrum.suggested import suggestions, table
 from loratools.work.parallel import in_order
 from loratools.work.requests import Progress
-from loratools.work.selection import Selection
+from loratools.work.selection import Selection, require_selected
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.findings import Finding
@@ -69,9 +69,9 @@ def spectrum(
     """
     adapter = straight_beside(adapter, base)
     opener = ThinModules(adapter, base, "spectrum", given)
-    names = [name for name in opener.modules if name in (selection or Selection())]
-    if not names:
-        raise AdapterError("no module is selected", path=adapter.source)
+    selection = selection or Selection()
+    require_selected(selection, opener.modules, "measure", adapter.source)
+    names = [name for name in opener.modules if name in selection]
     beside = None if base is None else WeightsBeside(opener.adapter, base)
     options = intruders or IntruderOptions()
 
