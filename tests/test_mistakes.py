@@ -27,7 +27,6 @@ def room(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     shutil.copytree(TINY / "lora", "a")
-    shutil.copytree(TINY / "dora", "d")
     shutil.copytree(TINY / "rslora", "shelf/one")
     shutil.copytree(TINY / "rslora", "shelf/two")
     shutil.copy(KOHYA, "style.safetensors")
@@ -55,7 +54,6 @@ def typed(line):
         ("check a -o findings.sarif", "check a --output-format sarif > findings.sarif"),
         ("spectrum a -o found.json", "spectrum ADAPTER --json > FILE"),
         ("fleet squeeze shelf --rank 4 --out-dir b", "fleet squeeze shelf -o b -- --rank 4"),
-        ("convert d -o d.gguf --base base", "to-lora d --base MODEL --rank 16 -o plain"),
     ],
 )
 def test_a_command_is_told_that_does_what_was_meant(room, line, then):

@@ -12,8 +12,6 @@ import difflib
 import functools
 import inspect
 import os
-import re
-import shlex
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, is_dataclass, replace
@@ -128,7 +126,7 @@ def _public(function: Callable[..., R], only: Mapping[str, tuple[str, ...]]) -> 
         given |= whole
         asked = asked_of(arguments, (given[name] for name in groups), places)
         given |= {name: _fetched(given[name], own, given) for name, own in groups.items()}
-        return _recorded(lambda: _called(function, given, groups), asked, values.get("source"))
+        return _recorded(lambda: _called(function, given, groups), asked)
 
     call.declaration = Declaration(  # type: ignore[attr-defined]
         function.__name__,
@@ -186,14 +184,8 @@ def _fetch(values: dict[str, Any], wanted: Mapping[str, Wanted], *, companions: 
             values[name] = mapped(values[name], local)
 
 
-def _recorded(run: Callable[[], R], asked: Asked, source: Any) -> R:
-    """Run a function; its result, or its error, then says what was asked for.
-
-    Args:
-        run: the function, with its arguments.
-        asked: what it was asked for.
-        source: the one adapter that it was given, if it takes one.
-    """
+def _recorded(run: Callable[[], R], asked: Asked) -> R:
+    """Run a function; its result, or its error, then says what was asked for."""
     began = time.perf_counter()
     try:
         result = run()
@@ -202,21 +194,10 @@ def _recorded(run: Callable[[], R], asked: Asked, source: Any) -> R:
         if isinstance(found, Result):
             found.record(asked, time.perf_counter() - began, failed=True)
         error.ran = replace(asked.ran, output=asked.output)
-        error.hint = _of_source(error.hint, source)
         raise
     if isinstance(result, Result):
         result.record(asked, time.perf_counter() - began)
     return result
-
-
-def _of_source(hint: str | None, source: Any) -> str | None:
-    """Return a hint whose command names the adapter, where it has a place for one and no path."""
-    if hint is None or not isinstance(source, str | os.PathLike):
-        return hint
-    path = shlex.quote(os.fspath(source))
-    if path in hint:
-        return hint
-    return re.sub(r"(loratools [a-z-]+) ADAPTER\b", lambda found: f"{found[1]} {path}", hint)
 
 
 def _called(
