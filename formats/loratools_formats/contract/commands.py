@@ -42,6 +42,12 @@ def command_on(adapter: Adapter | None, verb: str, *options: str, output: str = 
     return " ".join(["loratools", verb, shlex.quote(source), *options, "-o", output + suffix])
 
 
+def module_paths_hint(adapter: Adapter) -> str:
+    """Return the next step where module paths are asked for that the adapter does not have."""
+    named = shlex.quote(str(adapter.source or "ADAPTER"))
+    return f"Module paths are listed by: loratools info {named} -v"
+
+
 _COMMAND = re.compile(r"(?P<start>loratools (?P<verb>[a-z-]+) .*?)(?P<output> -o \S+)$")
 
 
