@@ -178,7 +178,7 @@ def _written_config(adapter: Adapter) -> dict[str, Any]:
     from loratools_formats.disk.errors import UnsupportedError
 
     parts = [delta.require_factors() for delta in adapter.modules.values()]
-    kinds = {delta.is_dora for delta in adapter.modules.values()}
+    kinds = {"dora" if delta.is_dora else "lora" for delta in adapter.modules.values()}
     for what, found in (
         ("rank", {part.rank for part in parts}),
         ("scale", {part.scale for part in parts}),
@@ -186,16 +186,21 @@ def _written_config(adapter: Adapter) -> dict[str, Any]:
     ):
         if len(found) > 1:
             first = command_on(adapter, "squeeze", "--energy 1 --uniform", output="uniform")
-            is_made = adapter.provenance is not None and what != "kind"
+            hint = f"Make it uniform first: {first}"
+            if what == "kind":
+                first = command_on(adapter, "to-lora", "--base MODEL")
+                hint = f"Make all plain LoRAs first: {first}"
+            elif adapter.provenance is not None:
+                hint = "Add `uniform=True`"
             raise UnsupportedError(
                 f"mlx-lm loads adapters of one {what} only",
                 path=adapter.source,
                 got=", ".join(map(str, sorted(found))),
-                hint="Add `uniform=True`" if is_made else f"Make it uniform first: {first}",
+                hint=hint,
             )
     config = dict(adapter.config)
     if parts:
-        config["fine_tune_type"] = "dora" if kinds == {True} else "lora"
+        config["fine_tune_type"] = next(iter(kinds))
         parameters = config.get("lora_parameters") or {}
         same = (parameters.get("rank"), parameters.get("scale")) == (parts[0].rank, parts[0].scale)
         if not same:

@@ -69,7 +69,7 @@ def to_model(adapter: Adapter, context: Context) -> Adapter:
             )
         origin = _Origin(*found)
         origins[origin.path] = origin
-        parts.setdefault(origin.path, {})[origin.part] = plain_factors(delta)
+        parts.setdefault(origin.path, {})[origin.part] = plain_factors(delta, adapter)
     prefix = "model." if base is None else base.prefix
     modules: dict[str, ModuleChange] = {}
     for path, found_parts in parts.items():

@@ -267,11 +267,11 @@ def _laid(
 
 def _uniform(adapter: Adapter) -> Adapter:
     """Return an adapter of one rank and scale, which is all that mlx-lm loads."""
-    plain = {n: c for n, c in adapter.modules.items() if c.factors is not None and not c.is_dora}
-    settings = {(c.require_factors().rank, c.require_factors().scale) for c in plain.values()}
-    if len(plain) < len(adapter.modules) or len(settings) < 2:
+    parts = [change.factors for change in adapter.modules.values()]
+    settings = {None if part is None else (part.rank, part.scale) for part in parts}
+    if None in settings or len(settings) < 2:
         return adapter
-    return replace(adapter, modules={**adapter.modules, **of_one_rank(plain)})
+    return replace(adapter, modules=of_one_rank(adapter.modules))
 
 
 def _from_switch(adapter: Adapter, base: Checkpoint | None) -> Adapter:
