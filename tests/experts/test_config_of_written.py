@@ -66,6 +66,22 @@ def test_a_layout_of_a_release_is_named_in_what_came_from_another_format(source,
     assert largest_error(read_deltas(adapter), change.deltas()) == 0.0
 
 
+@pytest.mark.parametrize("source", ["extract", "mlx"])
+def test_new_stacks_name_the_release_whose_sides_they_have(source, tmp_path):
+    """`check` warned of the axes of what `extract` had just written."""
+    change = Change(width=8, inner=8)
+    model = base(tmp_path / "base", change, stacks=True, head_dim=4)
+    folder = save(tmp_path / "a", each(change))
+    if source == "extract":
+        lt.fuse(model, folder, output=tmp_path / "tuned")
+        lt.extract(model, tmp_path / "tuned", rank=4, dtype="f32", output=tmp_path / "b")
+    else:
+        lt.convert(folder, base=model, to="mlx", output=tmp_path / "held")
+        lt.convert(tmp_path / "held", base=model, to="peft", output=tmp_path / "b")
+    assert config_of(tmp_path / "b")["peft_version"] == "0.19.1"
+    assert "LT405" not in {found.code for found in lt.check(tmp_path / "b").findings}
+
+
 def test_single_experts_of_names_of_4_are_layers(tmp_path):
     """They were parameters, since classes of 5 have no layer that is called so."""
     change = Change()

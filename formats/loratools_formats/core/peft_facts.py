@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from loratools_formats.core.orientation import named_conv1d
 
 if TYPE_CHECKING:
-    from loratools_formats.core.change import ModuleChange
+    from loratools_formats.core.change import Layer, ModuleChange
 
 PREFIX = "base_model.model."
 """What PEFT's files put before a module's path."""
@@ -34,6 +34,28 @@ B_LAYOUT = "lora_B_layout"
 FUSED_EXPERTS = "unsloth_fused_expert_lora"
 """An older key of Unsloth's that says so."""
 RANK_MAJOR, EXPERT_MAJOR = "rank_major", "grouped_by_expert"
+
+SIDES_RELEASE = "0.19.1"
+"""The release of PEFT since which stacks of experts have A on the sides where it has it now."""
+
+
+def of_parameters(layers: Iterable[Layer]) -> dict[str, str | list[str]]:
+    """Return the entries of a new configuration that changes of parameters, not layers, need.
+
+    Args:
+        layers: of all changes.
+
+    Returns:
+        `target_parameters`, and `peft_version` if it is known on which side A is; nothing if no
+        parameter is changed.
+    """
+    found = [layer for layer in layers if layer.parameters]
+    if not found:
+        return {}
+    names = sorted({name for layer in found for name in layer.parameters})
+    is_told = all(layer.swapped is not None for layer in found)
+    told = {"peft_version": SIDES_RELEASE} if is_told else {}
+    return {"target_parameters": names, **told}
 
 
 def square_orientation(fan_in_fan_out: bool, path: str) -> bool | None:

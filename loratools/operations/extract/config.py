@@ -8,7 +8,7 @@ from typing import Any
 from loratools.base.placement import rules
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.change import ModuleChange
-from loratools_formats.core.peft_facts import targets
+from loratools_formats.core.peft_facts import of_parameters, targets
 
 
 def peft_config(
@@ -32,7 +32,6 @@ def peft_config(
         isinstance(name, str) and name.endswith("ForCausalLM") for name in classes
     )
     layers = {name: delta.layer for name, delta in modules.items()}
-    parameters = sorted({name for layer in layers.values() for name in layer.parameters})
     saved = sorted({_saved_module(key) for key in heads})
     return {
         "peft_type": "LORA",
@@ -49,7 +48,7 @@ def peft_config(
             (name for name, layer in layers.items() if not layer.parameters),
             (key.rpartition(".")[0] for key in base.tensors),
         ),
-        **({"target_parameters": parameters} if parameters else {}),
+        **of_parameters(layers.values()),
         **({"modules_to_save": saved} if saved else {}),
     }
 

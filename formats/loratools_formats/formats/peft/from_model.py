@@ -16,7 +16,7 @@ from loratools_formats.core.adapter import Adapter, Replacement
 from loratools_formats.core.alora import INVOCATION_TOKENS, invocation_tokens
 from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.factors import stored_as
-from loratools_formats.core.peft_facts import PREFIX
+from loratools_formats.core.peft_facts import PREFIX, of_parameters
 from loratools_formats.formats.peft import keys
 
 
@@ -76,9 +76,9 @@ def _config(
         "use_dora": any(delta.is_dora for delta in modules.values()),
         "use_rslora": False,
     }
-    parameters = sorted({name for part in parts.values() for name in part.layer.parameters})
+    parameters = of_parameters(part.layer for part in parts.values())
     if parameters:
-        values |= {"target_modules": sorted(named), "target_parameters": parameters}
+        values |= {"target_modules": sorted(named), **parameters}
     rows = [r for r in replacements.values() if r.kind == "token_rows"]
     if rows:
         values["trainable_token_indices"] = {

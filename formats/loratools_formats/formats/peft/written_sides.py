@@ -16,7 +16,7 @@ from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import LowRank
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.orientation import exchanged
-from loratools_formats.core.peft_facts import family_of
+from loratools_formats.core.peft_facts import SIDES_RELEASE, family_of
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.formats.peft.config import PeftConfig
 from loratools_formats.formats.peft.experts.layout import JOINED
@@ -30,8 +30,6 @@ from loratools_formats.formats.peft.sides import (
     width_of,
 )
 
-_RELEASE = "0.19.1"
-"""The release of PEFT whose sides are written where shapes do not tell them."""
 _LLAMA_4 = "llama4"
 """The family, in transformers, of the one class of which PEFT has A on the outputs."""
 
@@ -157,7 +155,7 @@ def _is_stack(part: LowRank) -> bool:
 def _of_new_release(values: Mapping[str, Any]) -> Mapping[str, Any]:
     if release(PeftConfig(values)) is None:
         return values
-    return {**values, "peft_version": _RELEASE}
+    return {**values, "peft_version": SIDES_RELEASE}
 
 
 def _hint(adapter: Adapter) -> str:
