@@ -9,6 +9,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from loratools_formats import read_adapter
 
@@ -89,6 +90,28 @@ def test_merge_writes_its_recipe_beside_the_file_and_can_repeat_it(files, tmp_pa
     recipe = tmp_path / "both.gguf.recipe.yaml"
     succeeded("merge", "--recipe", recipe, "-o", tmp_path / "again.gguf")
     assert (tmp_path / "both.gguf").read_bytes() == (tmp_path / "again.gguf").read_bytes()
+
+
+@pytest.mark.slow
+def test_what_the_first_format_cannot_hold_has_two_ways_out(files, tmp_path):
+    """The hint was to convert it, which failed as the merge did."""
+    saved = shutil.copytree(EXAMPLES / "lora", tmp_path / "saved")
+    weights, config = saved / "adapter_model.safetensors", saved / "adapter_config.json"
+    norm = {"base_model.model.model.norm.weight": np.full(128, 1.5, np.float32)}
+    save_file(load_file(weights) | norm, weights)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"modules_to_save": ["norm"]}))
+    base = ("--base", EXAMPLES / "model", "-o", tmp_path / "both.gguf")
+    refused = loratools("merge", files / "lora.gguf", saved, *base)
+    assert refused.returncode == 2
+    assert "name this adapter first, and all become peft" in refused.stderr
+    command = refused.stderr.partition("convert it first: loratools ")[2].strip()
+    out = command.replace("BASE", str(EXAMPLES / "model")).replace(
+        "-o converted.gguf", f"-o {tmp_path / 'c.gguf'}"
+    )
+    succeeded(*out.split())
+    succeeded("merge", files / "lora.gguf", tmp_path / "c.gguf", *base)
+    succeeded("merge", saved, files / "lora.gguf", *base[:2], "-o", tmp_path / "both")
+    assert "norm" in str(list(read_adapter(tmp_path / "both").replacements))
 
 
 @pytest.mark.slow

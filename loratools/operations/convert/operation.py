@@ -43,6 +43,16 @@ from loratools_formats.disk.errors import OptionError, UnsupportedError
 from loratools_formats.disk.provenance import with_record
 
 
+class WouldLoseError(UnsupportedError):
+    """The target cannot hold parts of an adapter, and nobody allowed to leave them out.
+
+    Attributes:
+        remedy: what to do besides allowing it, empty if nothing is known.
+    """
+
+    remedy: str = ""
+
+
 @dataclass(frozen=True)
 class Conversion:
     """An adapter ready to be written in another format.
@@ -130,13 +140,16 @@ def prepare(
     if losses and not allow_lossy:
         count = len(losses) - 1
         others = f"; {count} other{'s' * (count > 1)} would be lost too" if count else ""
-        raise UnsupportedError(
+        remedy = losses[0].remedy
+        error = WouldLoseError(
             f"{losses[0].name} {losses[0].reason}{others}",
             path=adapter.source,
-            hint=f"{losses[0].remedy}, or pass `allow_lossy=True` to leave such things out"
-            if losses[0].remedy
+            hint=f"{remedy}, or pass `allow_lossy=True` to leave such things out"
+            if remedy
             else "Pass `allow_lossy=True` to leave such things out",
         )
+        error.remedy = remedy
+        raise error
     gone = {loss.name for loss in unplaced}
     placed = {name: change for name, change in model.modules.items() if name not in gone}
     model = replace(model, modules=placed)

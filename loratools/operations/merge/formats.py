@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from loratools.folding.base_layout import has_own_layout
 from loratools.operations.convert.class_names import named_otherwise, uses_names
-from loratools.operations.convert.operation import prepare
+from loratools.operations.convert.operation import WouldLoseError, prepare
 from loratools.operations.merge.align import MergeInput
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.commands import command_on
@@ -53,8 +53,9 @@ def _meets(adapter: Adapter, first: Adapter, base: Checkpoint | None) -> bool:
 
 def _of(first: Adapter, item: MergeInput, base: Checkpoint | None) -> MergeInput:
     adapter, target = item.adapter, first.format
-    hint = command_on(adapter, "convert", f"--to {target} --base BASE", output="converted")
+    asked = f"--to {target} --base BASE"
     if base is None:
+        hint = command_on(adapter, "convert", asked, output="converted")
         raise AdapterError(
             f"an adapter of format {adapter.format} has other modules than one of {target}",
             path=adapter.source,
@@ -65,8 +66,13 @@ def _of(first: Adapter, item: MergeInput, base: Checkpoint | None) -> MergeInput
     try:
         made = prepare(adapter, target, Context(base=base.path)).adapter
     except LoratoolsError as error:
-        remedy = f"{error.hint.rstrip('.')}. " if error.hint else ""
-        error.hint = f"{remedy}All become {target}, the format of the first; convert it: {hint}"
+        remedy = error.remedy if isinstance(error, WouldLoseError) else error.hint
+        error.hint = f"{remedy.rstrip('.')}. " if remedy else ""
+        error.hint += f"All become {target}, the format of the first; name this adapter first, "
+        error.hint += f"and all become {adapter.format}"
+        if isinstance(error, WouldLoseError):
+            lossy = command_on(adapter, "convert", f"{asked} --allow-lossy", output="converted")
+            error.hint += f". To leave such things out, convert it first: {lossy}"
         raise
     kept = replace(made, provenance=adapter.provenance, metadata=adapter.metadata)
     return replace(item, adapter=kept)
