@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from faulty_adapters import CASES, made, patterned, wide_embedding
-from handmade_adapters import MODULES, base, folder
+from handmade_adapters import MODULES, base, folder, tensors
 
 import loratools as lt
 import loratools_formats
@@ -128,3 +128,14 @@ def test_a_whole_matrix_of_another_width_does_not_fit(tmp_path):
     path = wide_embedding(tmp_path / "a")
     found = lt.check(path, base=base(tmp_path / "base"), select=["LT407"]).findings
     assert [f.where for f in found] == ["model.embed_tokens.weight"]
+
+
+def test_layers_that_peft_repeats_are_not_missing_from_the_base(tmp_path):
+    """They were, with the advice to rename them; `to-lora`, which another rule named, refuses."""
+    modules = tuple(name.replace(".1.", f".{i}.") for i in (1, 2, 3) for name in MODULES[2:])
+    path = folder(tmp_path / "a", tensors(modules), layer_replication=[[0, 2], [0, 2]])
+    options = {"base": base(tmp_path / "base"), "target": ["vllm"]}
+    found = lt.check(path, **options).findings
+    assert {"LT202", "LT514"} <= {each.code for each in found}
+    assert "LT406" not in {each.code for each in found}
+    assert not [each for each in found if "to-lora" in each.hint]

@@ -100,8 +100,8 @@ def _in_base(subject: Subject) -> tuple[Adapter | None, list[Found]]:
 
 
 def _not_in_base(subject: Subject) -> Iterator[Found]:
-    if subject.base is None:
-        return
+    if subject.base is None or subject.config.get("layer_replication"):
+        return  # PEFT repeats layers of the base, which has fewer than the adapter
     adapter, hindered = _in_base(subject)
     yield from hindered
     if adapter is None:

@@ -19,8 +19,10 @@ from loratools_formats.disk.files import inside
 from loratools_formats.disk.strict_json import read_object
 
 _MOST_TOKEN_BYTES = 4 << 20
-_FOLDED = ("use_bdlora", "use_qalora", "layer_replication")
+_FOLDED = ("use_bdlora", "use_qalora")
 """Settings whose effect a plain LoRA can have."""
+_HINTS = {"layer_replication": "Serve it with PEFT, which repeats the layers of the base"}
+"""What to do about settings whose effect no plain LoRA of the base has."""
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -35,12 +37,14 @@ def _settings(subject: Subject, _: Adapter, target: Target) -> Iterator[Found]:
         if value and not taken:
             text = f"{target.label} refuses {key} = {printable(value, 60)}"
             remedy = Remedy("plain") if key in _FOLDED else None
-            yield Found(text, key, ADAPTER_CONFIG, remedy=remedy, target=target.name)
+            hint = _HINTS.get(key, "")
+            yield Found(text, key, ADAPTER_CONFIG, remedy=remedy, target=target.name, hint=hint)
     for key in target.ignored_settings:
         if subject.config.get(key):
             text = f"{target.label} ignores {key}, so the adapter makes another change there"
             remedy = Remedy("plain") if key in _FOLDED else None
-            yield Found(text, key, ADAPTER_CONFIG, remedy=remedy, target=target.name)
+            hint = _HINTS.get(key, "")
+            yield Found(text, key, ADAPTER_CONFIG, remedy=remedy, target=target.name, hint=hint)
 
 
 def _gaps(_: Subject, adapter: Adapter, target: Target) -> Iterator[Found]:
