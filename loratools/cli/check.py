@@ -14,6 +14,7 @@ from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
 from loratools.cli.exits import EXIT_FOUND, EXIT_UNCHECKED
 from loratools.cli.output import note, print_json, print_json_text, say
+from loratools.cli.perform import require_adapters
 from loratools.cli.progress import progress_bar
 from loratools.face.check import CheckResult, check
 from loratools.operations.check.baseline import baseline_text
@@ -73,12 +74,7 @@ def command(
     loratools check adapters/ --output-format sarif > findings.sarif
     loratools check my-adapter --target llamacpp --base model --fix -o fixed.gguf
     """  # noqa: D301 - click reads the backspace
-    if not adapters:
-        raise OptionError(
-            "no adapter given",
-            expected="ADAPTER...",
-            hint="All below this folder: loratools check ./",
-        )
+    require_adapters(adapters, "check")
     if writing.output is not None and not fixing.fix:
         form: str = presenting.output_format
         if form == "text":

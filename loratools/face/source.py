@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from loratools.face.output_names import check_name
 from loratools.folding.zeros import require_change
 from loratools.hub.references import Wanted, path_of
+from loratools.work.provenance import path_of_input
 from loratools.work.requests import Reading, Writing
 from loratools.work.selection import Dropping
 from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
@@ -55,9 +56,9 @@ Mergeable = Annotated[_Weighted, Wanted("adapter", text="file")]
 """Adapters as in `Weighted`; but a text alone is the path of a recipe."""
 
 
-READING = ("from_", "carry_unknown", "ignore_key")
-WRITING = ("output", "overwrite")
-IN_PLACE = (*WRITING, "in_place")
+READING: tuple[str, ...] = ("from_", "carry_unknown", "ignore_key")
+WRITING: tuple[str, ...] = ("output", "overwrite")
+IN_PLACE: tuple[str, ...] = (*WRITING, "in_place")
 
 
 def opened(source: Any, reading: Reading, dropping: Dropping | None = None) -> Adapter:
@@ -285,7 +286,7 @@ def destination(
         )
     check_target(output, [], overwrite=writing.overwrite)
     _require_elsewhere(output)
-    for path in filter(None, map(_path_of, inputs)):
+    for path in filter(None, map(path_of_input, inputs)):
         if os.path.realpath(output) == os.path.realpath(path) and not writing.in_place:
             raise OutputExistsError(
                 "the output is an input, and inputs are never changed",
@@ -315,12 +316,6 @@ def _require_elsewhere(output: Path) -> None:
             path=output,
             hint=f"Go to another folder, and name {shlex.quote(str(place))} there",
         )
-
-
-def _path_of(item: Any) -> Path | None:
-    if isinstance(item, Adapter):
-        return item.source
-    return item.path if isinstance(item, Checkpoint) else item
 
 
 def beside(writing: Writing) -> Path | None:

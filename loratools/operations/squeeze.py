@@ -261,15 +261,12 @@ class _Squeeze(Ranked[_Squeezed, Measured]):
         self._moments = moments
         self.source = _folded(adapter, selection, scratch_folder)
         self.kept_whole = _kept_whole(self.source, selection)
+        every = self.source.modules.items()
+        self.whole = {name: change for name, change in every if name not in self.kept_whole}
         self._apart = {
             name: Apart(name, delta)
-            for name, change in self.source.modules.items()
-            if (delta := change.kind_delta) is not None and name not in self.kept_whole
-        }
-        self.whole = {
-            name: change
-            for name, change in self.source.modules.items()
-            if name not in self.kept_whole
+            for name, change in self.whole.items()
+            if (delta := change.kind_delta) is not None
         }
         self._like = {
             name: self._apart[name].planned()
@@ -359,8 +356,7 @@ class _Squeeze(Ranked[_Squeezed, Measured]):
         new = None
         if name not in self._apart:
             keeps = ranks is None or self.keeps_scale(name, ranks)
-            factors = whole.require_factors()
-            new = self.resizer.without_loss(factors, rank, keep_scale=keeps)
+            new = self.resizer.without_loss(whole.require_factors(), rank, keep_scale=keeps)
         unchanged = new is not None and (new.rank, new.a.dtype, new.b.dtype) == (
             like.rank,
             like.a.dtype,

@@ -11,6 +11,7 @@ from pathlib import Path
 from loratools.work.declared import option
 from loratools.work.regexes import check_regex, is_found
 from loratools.work.typed import check_options
+from loratools_formats.contract.commands import module_paths_hint
 from loratools_formats.disk.errors import AdapterError
 
 
@@ -62,7 +63,7 @@ def require_selected(
     names = list(names)
     if any(name in selection for name in names):
         return
-    hint = module_paths(path)
+    hint = module_paths_hint(path)
     if selection.include is not None and "," in selection.include:
         joined = shlex.quote("|".join(filter(None, re.split(r"\s*,\s*", selection.include))))
         hint = f"Several patterns are joined by |, as in `include={joined}`. {hint}"
@@ -73,12 +74,6 @@ def require_selected(
         expected=f"such as {names[0]}" if names else None,
         hint=hint,
     )
-
-
-def module_paths(path: Path | None) -> str:
-    """Return a hint that tells where the paths of an adapter's modules are listed."""
-    named = shlex.quote(str(path or "ADAPTER"))
-    return f"Module paths are listed by: loratools info {named} -v"
 
 
 @dataclass(frozen=True)

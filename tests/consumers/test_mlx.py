@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from whole_delta import effective_delta
 
 from loratools.cli import cli
-from loratools.lowrank.dense import effective_delta
 from loratools_formats import find_format, read_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore")

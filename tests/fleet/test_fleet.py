@@ -9,7 +9,7 @@ import pytest
 from fleet_runs import contents, start, write_adapters, write_slow
 
 import loratools as lt
-from loratools.pipeline.fleet.store import store_of
+from loratools.pipeline.fleet.stores import store_of
 from loratools.pipeline.fleet.verbs import VERBS
 from loratools.work.shard import Shard, shard_of_environment
 from loratools_formats.disk.errors import LoratoolsError, OptionError

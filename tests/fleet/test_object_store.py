@@ -9,7 +9,8 @@ import pytest
 from fleet_runs import contents, fleet, start, write_adapters
 
 import loratools as lt
-from loratools.pipeline.fleet.store import Remote, store_of
+from loratools.pipeline.fleet.object_store import Remote
+from loratools.pipeline.fleet.stores import store_of
 
 pytest.importorskip("s3fs")
 pytest.importorskip("moto")

@@ -92,6 +92,7 @@ def _config(file: RegularFile) -> dict[str, Any]:
 
 def _delta(path: str, parts: Mapping[str, TensorRef], scale: float, is_dora: bool) -> ModuleChange:
     from loratools_formats.core.change import ModuleChange
+    from loratools_formats.core.factors import check_magnitude
     from loratools_formats.disk.errors import AdapterError
 
     if "lora_a" not in parts or "lora_b" not in parts or ("m" in parts) != is_dora:
@@ -104,13 +105,7 @@ def _delta(path: str, parts: Mapping[str, TensorRef], scale: float, is_dora: boo
     direction = _factors(path, parts["lora_a"], parts["lora_b"], scale)
     if not is_dora:
         return ModuleChange(direction)
-    if parts["m"].numel != direction.shape[0]:
-        raise AdapterError(
-            "magnitude does not fit the module",
-            tensor=parts["m"].key,
-            got=list(parts["m"].shape),
-            expected=f"{direction.shape[0]} elements",
-        )
+    check_magnitude(parts["m"], direction.shape[0])
     return ModuleChange(direction, parts["m"])
 
 
@@ -232,14 +227,11 @@ class Mlx(Format):
 
     def read(self, path: Path) -> Adapter:
         """Read a folder, or one named by its weight file."""
-        from loratools_formats.disk.errors import LoratoolsError
+        from loratools_formats.disk.errors import naming
 
         folder = _folder(path)
-        try:
+        with naming(folder):
             return _adapter(folder)
-        except LoratoolsError as error:
-            error.path = error.path or str(folder)
-            raise
 
     def losses(self, adapter: Adapter) -> list[Loss]:
         """Return what MLX cannot hold."""

@@ -221,14 +221,7 @@ def _unreadable(subject: Subject) -> Iterator[Found]:
         if error.path is not None and subject.folder is not None:
             name = os.path.basename(error.path)
             file = name if (subject.folder / name).is_file() else None
-        yield Found(_text(error), error.tensor, file, error.hint or "")
-
-
-def _text(error: LoratoolsError) -> str:
-    parts = [error.message]
-    parts += [f"got {error.got}"] if error.got is not None else []
-    parts += [f"expected {error.expected}"] if error.expected is not None else []
-    return "; ".join(parts)
+        yield Found(error.brief, error.tensor, file, error.hint or "")
 
 
 def _run(subject: Subject, rule: Rule) -> Iterator[Found]:
@@ -237,7 +230,7 @@ def _run(subject: Subject, rule: Rule) -> Iterator[Found]:
         try:
             own = list(rule.check(subject))
         except LoratoolsError as error:
-            text = f"{rule.code} could not check it: {_text(error)}"
+            text = f"{rule.code} could not check it: {error.brief}"
             own = [replace(Found(text, error.tensor), hint=error.hint or "")]
     yield from own
     if not own and rule.of_readers:

@@ -26,7 +26,7 @@ from loratools.operations.spectrum.beside_base import beside_base
 from loratools.operations.spectrum.findings import findings
 from loratools.operations.spectrum.result import BaseMeasures, MatrixReport, SpectrumResult
 from loratools.operations.spectrum.suggested import suggestions, table
-from loratools.work.parallel import in_order
+from loratools.work.parallel import done_in_order
 from loratools.work.requests import Progress
 from loratools.work.selection import Selection, require_selected
 from loratools_formats.checkpoints.checkpoint import Checkpoint
@@ -87,11 +87,7 @@ def spectrum(
         ]
         return reports, module.without_matrices(), note
 
-    done: list[Opened] = []
-    for outcome in in_order(one, names, workers):
-        done.append(outcome)
-        if progress is not None:
-            progress(len(done), len(names))
+    done = done_in_order(one, names, workers, progress)
     matrices = _scored([report for reports, _, _ in done for report in reports])
     if references:
         matrices = reference_scores(matrices, references, base)

@@ -22,7 +22,7 @@ from loratools_formats.core.change import Layer, LowRank, ModuleChange
 from loratools_formats.core.orientation import exchanged, is_transposed
 from loratools_formats.core.peft_facts import owner
 from loratools_formats.core.tensors import TensorRef
-from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError
+from loratools_formats.disk.errors import AdapterError, UnsupportedError, naming
 from loratools_formats.disk.files import RegularFile
 from loratools_formats.formats.gguf.architectures import Module, is_joined, numbered
 from loratools_formats.formats.gguf.base import Base, read_base
@@ -62,7 +62,7 @@ def from_model(adapter: Adapter, context: Context) -> Adapter:
     stacks: dict[str, dict[int, LowRank]] = {}
     modules: dict[str, ModuleChange] = {}
     for path, delta in flat_apart(today(adapter.modules), base.sizes.experts).items():
-        try:
+        with naming(tensor=path):
             for name, expert, part in _placed(path, plain_factors(delta, adapter), base):
                 known = name in modules if expert is None else expert in stacks.get(name, {})
                 if known:
@@ -71,9 +71,6 @@ def from_model(adapter: Adapter, context: Context) -> Adapter:
                     modules[name] = ModuleChange(part)
                 else:
                     stacks.setdefault(name, {})[expert] = part
-        except LoratoolsError as error:
-            error.tensor = error.tensor or path
-            raise
     for name, found in stacks.items():
         if name in modules:
             raise AdapterError(
