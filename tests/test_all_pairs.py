@@ -35,7 +35,6 @@ REFUSED = {
     ("gguf", "", "verify"): "is in llama.cpp's names, which the base",
     ("", "to_dora", "to_dora"): "it is a DoRA already",
     ("", "to_dora", "convert to gguf"): "llama.cpp has no DoRA",
-    ("peft", "to_dora", "convert to mlx"): "one rank only",
 }
 RANK = 8
 CLOSE = 1e-5  # float32 factors, a few products of them

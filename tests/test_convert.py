@@ -10,9 +10,9 @@ import pytest
 from click.testing import CliRunner
 from rounding import assert_equal_products
 from safetensors.numpy import load_file
+from whole_delta import effective_delta
 
 from loratools.cli import cli
-from loratools.lowrank.dense import effective_delta
 from loratools.operations.convert.operation import prepare, write
 from loratools_formats import (
     Context,

@@ -10,9 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from whole_delta import effective_delta
 
 from loratools.algebra.ranks import RankRule, gavish_donoho
-from loratools.lowrank.dense import effective_delta
 from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.extract.operation import difference, extract, extract_choices
 from loratools.operations.fuse.draft import FuseInput

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from whole_delta import effective_delta
 
 from loratools.algebra.ranks import RankRule
 from loratools.folding.without_base import needs_base, with_settings
 from loratools.kinds import all_kinds
-from loratools.lowrank.dense import effective_delta
 from loratools.operations.merge.align import MergeInput
 from loratools.operations.merge.operation import merge
 from loratools.operations.merge.options import MergeOptions

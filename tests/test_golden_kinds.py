@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from whole_delta import effective_delta
 
 from loratools.algebra.ranks import RankRule
 from loratools.kinds import all_kinds, get_kind
-from loratools.lowrank.dense import effective_delta
 from loratools.operations.to_lora import to_lora
 from loratools_formats import read_adapter
 from loratools_formats.checkpoints.checkpoint import read_checkpoint

@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from whole_delta import effective_delta
 
 from loratools.algebra.ranks import RankRule
 from loratools.kinds import all_kinds
-from loratools.lowrank.dense import effective_delta
 from loratools.lowrank.initial import subtract_initial
 from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.info import describe

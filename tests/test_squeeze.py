@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from whole_delta import effective_delta
 
 from loratools.algebra.ranks import Budget, RankRule
-from loratools.lowrank.dense import effective_delta
 from loratools.lowrank.initial import subtract_initial
 from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.squeeze import rank_choices, squeeze

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from loratools.algebra.streamed_svd import RowSource, RowStore, StreamedMatrix, streamed_svd
+from loratools.algebra.row_blocks import RowSource, RowStore
+from loratools.algebra.streamed_svd import StreamedMatrix, streamed_svd
 from loratools_formats.disk.errors import AdapterError
 
 SHAPES = [(640, 540), (540, 640)]

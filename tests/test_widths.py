@@ -66,6 +66,7 @@ def run(place, line, **variables):
         capture_output=True,
         env={**os.environ, **variables},
         stdin=subprocess.DEVNULL,
+        timeout=300,
     )
 
 
@@ -106,6 +107,7 @@ def test_a_reader_that_leaves_is_no_error(place, line):
         cwd=place,
         stdout=write,
         stderr=subprocess.PIPE,
+        timeout=300,
     )
     os.close(write)
     assert b"Traceback" not in done.stderr

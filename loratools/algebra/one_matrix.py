@@ -190,8 +190,13 @@ def padded(b: Array, a: Array, rank: int) -> tuple[Array, Array]:
 
 def signed(b: Array, a: Array) -> tuple[Array, Array]:
     """Return factors with the sign of each column of b such that its largest entry is positive."""
-    signs = np.where(-b.min(axis=0) > b.max(axis=0), -1.0, 1.0)
+    signs = column_signs(b)
     return b * signs, a * signs[:, None]
+
+
+def column_signs(b: Array) -> Array:
+    """Return the signs, (k,), with which the largest entry of each column is positive."""
+    return np.where(-b.min(axis=0) > b.max(axis=0), -1.0, 1.0)
 
 
 Method = Literal["exact", "rsvd"]

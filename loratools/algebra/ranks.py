@@ -203,6 +203,12 @@ class RankRule:
         """Whether anything decides a rank."""
         return bool(self._rules() or self.patterns or self.max_rank or self.serve)
 
+    def require(self, what: str = "the ranks", hint: str | None = None) -> None:
+        """Raise `OptionError` if nothing decides a rank."""
+        if not self.is_given:
+            expected = "rank, energy, budget or another rule"
+            raise OptionError(f"no rule for {what}", expected=expected, hint=hint)
+
     def decides(self, name: str) -> bool:
         """Return whether it gives a rank to a module that has none of its own."""
         return bool(self._rules() or self.max_rank or self.override(name))

@@ -8,8 +8,9 @@ only their least, median and largest are computed here.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from loratools.algebra.outliers import family_of
 from loratools.cli.output import number, print_table, say
@@ -20,61 +21,74 @@ _WORST = 5
 
 
 @dataclass(frozen=True)
-class Measure:
-    """A number of each module, of which the summary tells least, median and largest.
+class Column:
+    """What a report tells of each module.
 
     Attributes:
+        title: of the column.
         values: one for each module; None where a module has none.
         text: how one of them is printed.
+        none: what stands where there is none.
+        side: where cells are aligned: `<` or `>`.
+        listed: whether the rows of modules have it.
+        summed: whether the summary tells its least, median and largest.
     """
 
-    values: Sequence[float | None]
-    text: Callable[[float], str] = number
+    title: str
+    values: Sequence[Any]
+    text: Callable[[Any], str] = number
+    none: str = "–"
+    side: str = ">"
+    listed: bool = True
+    summed: bool = False
+
+    def cells(self) -> list[str]:
+        """Return what is printed for each module."""
+        return [self.none if value is None else self.text(value) for value in self.values]
 
 
-@dataclass(frozen=True)
-class ModuleTable:
-    """The full table, and what its summary is made of.
+def print_modules(
+    first: str,
+    names: Sequence[str],
+    columns: Sequence[Column],
+    worst: Sequence[float] = (),
+    *,
+    verbose: bool,
+) -> None:
+    """Print a row for each module if they are few or asked for, and otherwise the summary.
 
-    Attributes:
-        header: titles; the first is that of the names.
-        align: `<` or `>` for each column.
-        rows: cells; the first of each is the module's name.
-        measures: what the summary tells, by title.
+    Args:
+        first: title of the names.
+        names: of the modules.
+        columns: what is told of them.
         worst: for each module, the number by which the worst are chosen, the largest; empty if no
             module is worse than another.
+        verbose: print all rows.
     """
-
-    header: Sequence[str]
-    align: str
-    rows: Sequence[Sequence[str]]
-    measures: Mapping[str, Measure] = field(default_factory=dict)
-    worst: Sequence[float] = ()
-
-
-def print_modules(table: ModuleTable, *, verbose: bool) -> None:
-    """Print all rows if they are few or asked for, and otherwise the summary."""
-    if verbose or len(table.rows) <= FEW:
-        print_table(table.header, table.align, table.rows)
+    listed, summed = ([c for c in columns if getattr(c, to)] for to in ("listed", "summed"))
+    header, align = [first, *(c.title for c in listed)], "<" + "".join(c.side for c in listed)
+    rows = [list(row) for row in zip(names, *(c.cells() for c in listed), strict=True)]
+    if verbose or len(rows) <= FEW:
+        print_table(header, align, rows)
         return
     members: dict[str, list[int]] = defaultdict(list)
-    for index, row in enumerate(table.rows):
-        members[type_of(row[0])].append(index)
-    rows = [
+    for index, name in enumerate(names):
+        members[type_of(name)].append(index)
+    types = [
         [
             name,
             str(len(indices)),
-            *(_range([m.values[i] for i in indices], m.text) for m in table.measures.values()),
+            *(_range([c.values[i] for i in indices], c.text) for c in summed),
         ]
         for name, indices in members.items()
     ]
-    header = ["type", f"{table.header[0]}s", *table.measures]
-    print_table(header, "<" + ">" * (len(header) - 1), rows)
+    titles = ["type", f"{first}s", *(c.title for c in summed)]
+    print_table(titles, "<" + ">" * (len(titles) - 1), types)
     say()
-    if table.worst:
-        worst = sorted(range(len(table.rows)), key=lambda i: -table.worst[i])[:_WORST]
-        say(f"The worst {len(worst)} of {len(table.rows)}; --verbose lists each:")
-        print_table(table.header, table.align, [table.rows[i] for i in worst])
+    if worst:
+        chosen = sorted(range(len(rows)), key=lambda i: -worst[i])[:_WORST]
+        say(f"The worst {len(chosen)} of {len(rows)}; --verbose lists each:")
+        print_table(header, align, [rows[i] for i in chosen])
     else:
         say("--verbose lists each")
     say()

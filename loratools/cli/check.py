@@ -14,6 +14,7 @@ from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
 from loratools.cli.exits import EXIT_FOUND, EXIT_UNCHECKED
 from loratools.cli.output import note, print_json, print_json_text, say
+from loratools.cli.perform import require_adapters
 from loratools.cli.progress import progress_bar
 from loratools.face.check import CheckResult, check
 from loratools.operations.check.baseline import baseline_text
@@ -73,18 +74,16 @@ def command(
     loratools check adapters/ --output-format sarif > findings.sarif
     loratools check my-adapter --target llamacpp --base model --fix -o fixed.gguf
     """  # noqa: D301 - click reads the backspace
-    if not adapters:
-        raise OptionError(
-            "no adapter given",
-            expected="ADAPTER...",
-            hint="All below this folder: loratools check ./",
-        )
-    if writing.output is not None and not fixing.fix and presenting.output_format != "text":
-        to = f"--output-format {presenting.output_format} > {shlex.quote(str(writing.output))}"
+    require_adapters(adapters, "check")
+    if writing.output is not None and not fixing.fix:
+        form: str = presenting.output_format
+        if form == "text":
+            form = _REPORTS.get(writing.output.suffix.lower(), form)
+        to = f"--output-format {form} > {shlex.quote(str(writing.output))}"
         given = " ".join(shlex.quote(str(path)) for path in adapters)
         raise OptionError(
             "findings go to stdout; `output` is where a fixed adapter is written",
-            hint=f"Redirect them: loratools check {given} {to}",
+            hint=f"Redirect them: loratools check {given} {to}. To mend the adapter, add `fix`",
         )
     settings = _settings(adapters, presenting)
     base = reading.base or settings.file("base")
@@ -109,6 +108,10 @@ def command(
             say("the baseline is not written, for not everything could be checked", err=True)
         return EXIT_UNCHECKED
     return 0 if result.passed else EXIT_FOUND
+
+
+_REPORTS = {".json": "json", ".sarif": "sarif", ".xml": "junit"}
+"""The format of findings that the name of a file asks for, by its ending."""
 
 
 def _settings(adapters: tuple[Path, ...], presenting: Presenting) -> Settings:

@@ -63,7 +63,7 @@ class Command(click.Command):
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             known = [flag for one in self.params for flag in one.opts]
-            told = other_option(error.option_name, str(self.name), known)
+            told = other_option(error.option_name, str(self.name), known, self._usage(ctx))
             if told is None:
                 raise
             raise click.UsageError(f"No such option '{error.option_name}'. {told}", ctx) from error
@@ -73,6 +73,10 @@ class Command(click.Command):
                 raise
             text = f"{error.format_message().rstrip('.')}. {MISSING[name]}"
             raise click.UsageError(text, ctx) from error
+
+    def _usage(self, ctx: click.Context) -> str:
+        """Return the command with its arguments, as they are to be typed."""
+        return " ".join([ctx.command_path, *self.collect_usage_pieces(ctx)[1:]])
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command, with the revision put to its reference."""

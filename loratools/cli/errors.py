@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import shlex
 import signal
 import sys
 import time
@@ -15,7 +16,7 @@ import click
 
 from loratools.cli.exits import EXIT_ERROR, EXIT_UNCHECKED
 from loratools.cli.failure import failure, is_json, is_reported
-from loratools.cli.output import print_json, say, takes_more
+from loratools.cli.output import abandon, print_json, say, takes_more
 from loratools.cli.signals import code_of, stop_on_signals
 
 _PROGRAM = "loratools"
@@ -29,6 +30,7 @@ def run(cli: click.Command) -> None:
     Nothing but `--traceback` shows a Python traceback. Under `--json`, stdout gets an object for an
     error as well, unless a signal comes while a reader keeps the command waiting.
     """
+    _open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -40,16 +42,30 @@ def run(cli: click.Command) -> None:
     try:
         code = _call(cli)
         _flush()
-    except BrokenPipeError:
-        code = _abandon_stdout()
+    except BrokenPipeError:  # help, which nobody reads to its end
+        abandon(sys.stdout)
+        code = 0
     except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001 - users get one line, whatever
         text, code = _told(error, arrived)
         try:
             _report(error, text, code, time.perf_counter() - began)
         except (OSError, KeyboardInterrupt):  # nobody reads, the disk is full, or Ctrl-C again
-            _abandon_stdout()
+            abandon(sys.stdout)
     gc.freeze()  # or Python would look through everything for cycles on its way out
     sys.exit(code)
+
+
+def _open_standard_streams() -> None:
+    """Open those of stdin, stdout and stderr that the caller has closed, to nowhere.
+
+    The first file that is opened would take such a number, and get what a library prints.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.open(os.devnull, os.O_RDWR)
 
 
 def _report(error: BaseException, text: str, code: int, seconds: float) -> None:
@@ -59,7 +75,7 @@ def _report(error: BaseException, text: str, code: int, seconds: float) -> None:
     with contextlib.suppress(OSError):  # the terminal may be gone
         say(text if is_stopped else f"error: {text}", err=True)
     if is_blocked:
-        _abandon_stdout()
+        abandon(sys.stdout)
     elif is_json(sys.argv[1:]) and not is_reported(error):
         print_json(failure(error, text, code, seconds))
     _flush()
@@ -68,13 +84,6 @@ def _report(error: BaseException, text: str, code: int, seconds: float) -> None:
 def _flush() -> None:
     if sys.stdout is not None:
         sys.stdout.flush()
-
-
-def _abandon_stdout() -> int:
-    """Keep Python from waiting, or complaining, for a reader of stdout while it exits."""
-    if sys.stdout is not None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
 
 
 def _told(error: BaseException, arrived: list[int]) -> tuple[str, int]:
@@ -88,7 +97,17 @@ def _told(error: BaseException, arrived: list[int]) -> tuple[str, int]:
         return _STOPPED[number != signal.SIGINT], code_of(number)
     if isinstance(error, click.ClickException):
         return _usage(error), EXIT_ERROR
-    return describe(error), exit_code(error)
+    return f"{describe(error)}{_about_folder()}", exit_code(error)
+
+
+def _about_folder() -> str:
+    """Return a sentence for those whose current folder is gone, where every path fails."""
+    try:
+        os.getcwd()
+    except OSError:
+        place = shlex.quote(os.environ.get("PWD") or "..")
+        return f". The current folder is gone; enter it again, or another: cd {place}"
+    return ""
 
 
 def exit_code(error: BaseException) -> int:

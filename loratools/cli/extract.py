@@ -8,7 +8,7 @@ import click
 
 from loratools.algebra.ranks import RankRule
 from loratools.cli import options as shared
-from loratools.cli.by_type import Measure, ModuleTable, print_modules
+from loratools.cli.by_type import Column, print_modules
 from loratools.cli.command import command as named_command
 from loratools.cli.output import human_bytes, note, number, percent, quantity, say
 from loratools.cli.pages import Pages
@@ -76,20 +76,14 @@ def command(
 
 def _show(result: ExtractResult, *, verbose: bool) -> None:
     modules = result.modules
-    rows = [
-        [
-            module.name,
-            str(module.rank),
-            percent(module.energy),
-            number(module.relative_error),
-        ]
-        for module in modules
-    ]
     errors = [module.relative_error for module in modules]
-    ranks = Measure([module.rank for module in modules], str)
-    measures = {"rank": ranks, "relative error": Measure(errors)}
-    header = ["module", "rank", "energy kept", "relative error"]
-    print_modules(ModuleTable(header, "<>>>", rows, measures, errors), verbose=verbose)
+    columns = [
+        Column("rank", [module.rank for module in modules], str, summed=True),
+        Column("energy kept", [module.energy for module in modules], percent),
+        Column("relative error", errors, summed=True),
+    ]
+    names = [module.name for module in modules]
+    print_modules("module", names, columns, errors, verbose=verbose)
     for name in result.replaced:
         say(f"carried whole: {name}")
     say(f"unchanged: {quantity(result.unchanged, 'tensor')}")

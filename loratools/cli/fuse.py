@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from loratools.cli import options as shared
-from loratools.cli.by_type import Measure, ModuleTable, print_modules
+from loratools.cli.by_type import Column, print_modules
 from loratools.cli.command import command as named_command
 from loratools.cli.completion import path_completions
 from loratools.cli.output import human_bytes, note, number, percent, quantity, say
@@ -101,13 +101,13 @@ def _show(result: FuseResult | FusePlan | FusePart, *, verbose: bool) -> None:
 
 
 def _show_plan(plan: FusePlan, *, verbose: bool) -> None:
-    rows = [
-        [tensor.name, "×".join(map(str, tensor.shape)), tensor.dtype, _changed_by(tensor)]
-        for tensor in plan.tensors
+    shapes = ["×".join(map(str, tensor.shape)) for tensor in plan.tensors]
+    columns = [
+        Column("shape", shapes, str, side="<"),
+        Column("dtype", [tensor.dtype for tensor in plan.tensors], str, side="<"),
+        Column("changed by", [_changed_by(tensor) for tensor in plan.tensors], str, side="<"),
     ]
-    print_modules(
-        ModuleTable(["tensor", "shape", "dtype", "changed by"], "<<<<", rows), verbose=verbose
-    )
+    print_modules("tensor", [tensor.name for tensor in plan.tensors], columns, verbose=verbose)
     say(f"tensors: {len(plan.tensors)} of {plan.total} change")
     say(f"size: {human_bytes(plan.bytes_out)} in {quantity(plan.files, 'file')}")
 
@@ -117,25 +117,17 @@ def _changed_by(tensor: PlannedTensor) -> str:
 
 
 def _show_fused(result: FuseResult, *, verbose: bool) -> None:
-    header = ["tensor", "dtype", "‖ΔW‖/‖W‖", "lost to rounding"]
-    rows = [
-        [
-            tensor.name,
-            tensor.dtype,
-            "new" if tensor.relative_change is None else number(tensor.relative_change),
-            percent(tensor.lost_to_rounding),
-        ]
-        for tensor in result.tensors
+    tensors = result.tensors
+    lost = [tensor.lost_to_rounding for tensor in tensors]
+    changes = [tensor.relative_change for tensor in tensors]
+    columns = [
+        Column("dtype", [tensor.dtype for tensor in tensors], str, side="<"),
+        Column("‖ΔW‖/‖W‖", changes, none="new", summed=True),
+        Column("lost to rounding", lost, percent, summed=True),
     ]
     if result.surviving is not None:
-        header.append("survives")
-        for row, tensor in zip(rows, result.tensors, strict=True):
-            row.append("–" if tensor.surviving is None else percent(tensor.surviving))
-    lost = [tensor.lost_to_rounding for tensor in result.tensors]
-    changes = Measure([tensor.relative_change for tensor in result.tensors])
-    measures = {"‖ΔW‖/‖W‖": changes, "lost to rounding": Measure(lost, percent)}
-    table = ModuleTable(header, "<<>>>"[: len(header)], rows, measures, lost)
-    print_modules(table, verbose=verbose)
+        columns.append(Column("survives", [tensor.surviving for tensor in tensors], percent))
+    print_modules("tensor", [tensor.name for tensor in tensors], columns, lost, verbose=verbose)
     change = result.relative_change
     say(f"‖ΔW‖/‖W‖: {'W is zero' if change is None else number(change)}")
     say(f"lost to rounding: {percent(result.lost_to_rounding)} of ΔW")

@@ -15,7 +15,7 @@ from loratools.cli.command import command as named_command
 from loratools.cli.exits import EXIT_FOUND
 from loratools.cli.many import failed_with
 from loratools.cli.output import human_bytes, print_json_line, print_table, quantity, say
-from loratools.cli.perform import report
+from loratools.cli.perform import report, require_adapters
 from loratools.cli.table import wrapped
 from loratools.cli.wording import worded
 from loratools.face.info import InfoResult, info
@@ -26,7 +26,7 @@ from loratools_formats.containers.gguf.container import is_gguf
 from loratools_formats.containers.gguf.splits import read_model
 from loratools_formats.contract.path_kinds import is_base
 from loratools_formats.contract.registry import is_recognised
-from loratools_formats.disk.errors import LoratoolsError, OptionError, printable
+from loratools_formats.disk.errors import LoratoolsError, printable
 
 if TYPE_CHECKING:
     from loratools.face.info_base import BaseInfoResult
@@ -52,12 +52,7 @@ def command(adapters: tuple[Path, ...], reading: Reading, reporting: Reporting) 
     loratools info adapters/
     loratools info my-quantised-model
     """  # noqa: D301 - click reads the backspace
-    if not adapters:
-        raise OptionError(
-            "no adapter given",
-            expected="ADAPTER...",
-            hint="All below this folder: loratools info ./",
-        )
+    require_adapters(adapters, "info")
     alone = adapters[0] if len(adapters) == 1 and reading.from_ is None else None
     if alone is not None and (
         _is_gguf_model(alone) or (is_base(alone) and not is_recognised(alone))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
@@ -45,6 +47,8 @@ class LazyGroup(click.Group):
         if args[0] not in self._places and not args[0].startswith("-"):
             import difflib
 
+            if os.path.lexists(args[0]):
+                ctx.fail(f"{args[0]!r} is a path. {self._with_command(ctx, args)}")
             meant = COMMANDS.get(args[0])
             if args[0] == "help":
                 meant = f"{args[1]} --help" if args[1:2] and args[1] in self._places else "--help"
@@ -53,6 +57,14 @@ class LazyGroup(click.Group):
             hint = f" Did you mean '{meant}'?" if meant else ""
             ctx.fail(f"No such command {args[0]!r}.{hint}")
         return super().resolve_command(ctx, args)
+
+    def _with_command(self, ctx: click.Context, args: list[str]) -> str:
+        """Return how to write arguments that begin with a path."""
+        given = [word for word in args if word in self._places]
+        command = given[0] if given else "info"
+        others = [word for word in args if word not in given[:1]] if given else args[:1]
+        line = shlex.join([*ctx.command_path.split(), command, *others])
+        return f"The command comes first{'' if given else ', such as'}: {line}"
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import and return a command; None if no command has the name."""

@@ -95,6 +95,9 @@ def one_or_many(*names: str) -> shared.Decorator:
                 if not os.path.lexists(places[-1]):
                     last = shlex.quote(str(places[-1]))
                     hint = f"If {last} is where results go, write `out_dir={last}` in its place"
+                number = next((one for one in places if str(one).isdecimal()), None)
+                if number is not None and "rule" in others and not os.path.lexists(number):
+                    hint = f"If {number} is a rank, write `rank={number}` in its place"
                 raise OptionError(
                     f"{len(adapters)} paths are given", expected="ADAPTER [OUTPUT]", hint=hint
                 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import click
 
 from loratools.algebra.ranks import RankRule
 from loratools.cli import options as shared
-from loratools.cli.by_type import Measure, ModuleTable, print_modules
+from loratools.cli.by_type import Column, print_modules
 from loratools.cli.command import command as named_command
 from loratools.cli.completion import path_completions
 from loratools.cli.output import human_bytes, note, number, percent, say
@@ -22,6 +21,7 @@ from loratools.face.source import destination
 from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.merge.options import MergeOptions, Parameters
 from loratools.operations.merge.recipe import RecipeFiles, read_of
+from loratools.operations.merge.result import MergeModuleReport
 from loratools.work.declared import declared
 from loratools.work.requests import Progress, Reading, Reporting, Writing
 from loratools.work.selection import Dropping
@@ -124,28 +124,24 @@ def _refuse_what_recipes_say(context: click.Context) -> None:
         raise OptionError("the recipe states this already", got=", ".join(given))
 
 
-def _ranks(ranks: Sequence[int | None]) -> str:
-    return " + ".join("–" if rank is None else str(rank) for rank in ranks)
+def _ranks_of(module: MergeModuleReport) -> str:
+    if module.rank_out is None:
+        return "whole"
+    before = " + ".join("–" if rank is None else str(rank) for rank in module.ranks_in)
+    return f"{before} → {module.rank_out}"
 
 
 def _show(result: MergeResult, *, verbose: bool) -> None:
     modules = result.modules
-    rows = [
-        [
-            module.name,
-            "whole"
-            if module.rank_out is None
-            else f"{_ranks(module.ranks_in)} → {module.rank_out}",
-            percent(module.energy),
-            number(module.relative_error),
-        ]
-        for module in modules
-    ]
     errors = [module.relative_error for module in modules]
-    ranks = Measure([module.rank_out for module in modules], str)
-    measures = {"rank": ranks, "relative error": Measure(errors)}
-    header = ["module", "rank", "energy kept", "relative error"]
-    print_modules(ModuleTable(header, "<>>>", rows, measures, errors), verbose=verbose)
+    columns = [
+        Column("rank", [_ranks_of(module) for module in modules], str),
+        Column("rank", [m.rank_out for m in modules], str, listed=False, summed=True),
+        Column("energy kept", [module.energy for module in modules], percent),
+        Column("relative error", errors, summed=True),
+    ]
+    names = [module.name for module in modules]
+    print_modules("module", names, columns, errors, verbose=verbose)
     for item in result.adapters:
         count = sum(item.name in module.absent for module in result.modules)
         if count:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,11 @@ class _Path(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not os.fspath(value):
             self.fail("is empty", param, ctx)
+        text = os.fsdecode(value)
+        meant = os.path.expanduser(text)
+        if meant != text and not os.path.lexists(text):
+            written = shlex.quote(meant)
+            self.fail(f"the shell left ~ as it is in {text}. Write {written}", param, ctx)
         return path_of(os.fsdecode(super().convert(value, param, ctx)))
 
 

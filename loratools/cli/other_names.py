@@ -41,12 +41,16 @@ _OPTIONS = {
     "--bits": "--quant-type",
     "--clobber": "--overwrite",
     "--compression": "--budget",
+    "--dest": "--output",
+    "--destination": "--output",
+    "--diff": "--dry-run",
     "--dim": "--rank",
     "--energy-threshold": "--energy",
     "--for": "--target",
     "--force": "--overwrite",
     "--format": "--output-format",
     "--jobs": "--workers",
+    "--level": "--fail-on",
     "--lora-rank": "--rank",
     "--max-size": "--budget",
     "--model": "--base",
@@ -59,10 +63,15 @@ _OPTIONS = {
     "--outdir": "--out-dir",
     "--output-dir": "--out-dir",
     "--output-file": "--output",
+    "--outfile": "--output",
+    "--output-path": "--output",
     "--precision": "--dtype",
     "--replace": "--overwrite",
     "--save-precision": "--dtype",
+    "--save": "--output",
+    "--save-path": "--output",
     "--save-to": "--output",
+    "--severity": "--fail-on",
     "--size": "--budget",
     "--strict": "--fail-on",
     "--target-rank": "--rank",
@@ -74,6 +83,8 @@ _OPTIONS = {
     "-b": "--base",
     "-f": "--overwrite",
     "-j": "--workers",
+    "-o": "--output",
+    "-t": "--to",
     "-w": "--workers",
     "-y": "--overwrite",
 }
@@ -83,15 +94,23 @@ MISSING = {"index": "Make one: loratools fleet index ADAPTERS -o INDEX"}
 _WEIGHTS = ("--weight", "--weights", "--scale", "--scales", "--alpha", "-w")
 _TAKE_WEIGHTS = ("merge", "fuse", "verify")
 _TO = ("--to", "--target-format", "--output-format", "--format")
+_INPUTS = {
+    "ADAPTER": ("--adapter", "--adapters", "--adapter-path", "--lora", "--lora-path", "--peft"),
+    "BASE": ("--model", "--base", "--base-model", "--model-path", "--checkpoint"),
+    "CHECKPOINT": ("--model", "--base", "--base-model", "--model-path", "--checkpoint"),
+    "": ("--input", "--in", "--input-file", "--source", "--src", "-i"),
+}
+"""Flags of others for inputs that stand here without one, by the name that usage gives those."""
 
 
-def other_option(flag: str, command: str, known: Collection[str]) -> str | None:
+def other_option(flag: str, command: str, known: Collection[str], usage: str = "") -> str | None:
     """Return what to type instead of an unknown flag, as a sentence; None if that is not known.
 
     Args:
         flag: as it was typed.
         command: the command's name.
         known: its flags.
+        usage: the command with its arguments.
     """
     typed = flag.replace("_", "-")
     if flag in _WEIGHTS and command in _TAKE_WEIGHTS:
@@ -101,4 +120,13 @@ def other_option(flag: str, command: str, known: Collection[str]) -> str | None:
     meant = typed if typed in known else _OPTIONS.get(typed, "")
     if typed == "--alpha" and "--set" in known:
         return "Did you mean '--set alpha=VALUE'?"
-    return f"Did you mean '{meant}'?" if meant in known else None
+    if meant in known:
+        return f"Did you mean '{meant}'?"
+    if meant == "--output" and "--json" in known:
+        return f"What it finds is printed: {usage} --json > FILE"
+    arguments = usage.split()[2:]
+    called = [name for name, flags in _INPUTS.items() if typed in flags]
+    is_argument = any(word.startswith(name) for name in called for word in arguments)
+    if is_argument and typed[:-1] not in known:
+        return f"It stands without a flag: {usage}"
+    return None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import select
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -52,8 +53,20 @@ def say(text: str = "", *, err: bool = False, nl: bool = True, whole: bool = Fal
 def _write(text: str, *, err: bool = False, nl: bool = True) -> None:
     global _is_cut  # noqa: PLW0603 - a process has one stdout
     _is_cut = not err
-    click.echo(text, err=err, nl=nl)
+    try:
+        click.echo(text, err=err, nl=nl)
+    except BrokenPipeError:
+        abandon(sys.stderr if err else sys.stdout)
     _is_cut = False
+
+
+def abandon(stream: TextIO | None) -> None:
+    """Send to nowhere what is printed from now on, since the reader of a stream has gone.
+
+    The work goes on: `| head` shortens what is shown, and neither outputs nor the exit code.
+    """
+    if stream is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def takes_more() -> bool:

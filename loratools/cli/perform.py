@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -56,6 +56,20 @@ def target_of(writing: Writing, last: str | None = None) -> Writing:
 def _may_be_output(text: str) -> bool:
     """Return whether a path could be an output: it does not exist, and its folder does."""
     return not os.path.lexists(text) and os.path.isdir(os.path.dirname(text) or ".")
+
+
+def require_adapters(adapters: Sequence[object], command: str) -> None:
+    """Refuse a command over adapters without any.
+
+    Raises:
+        OptionError: there is none.
+    """
+    if not adapters:
+        raise OptionError(
+            "no adapter given",
+            expected="ADAPTER...",
+            hint=f"All below this folder: loratools {command} ./",
+        )
 
 
 _COLLECTED: ContextVar[list[Result] | None] = ContextVar("collected", default=None)

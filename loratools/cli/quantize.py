@@ -7,7 +7,7 @@ from pathlib import Path
 
 from loratools.base.fourbit.encode import FourBitOptions
 from loratools.cli import options as shared
-from loratools.cli.by_type import Measure, ModuleTable, print_modules
+from loratools.cli.by_type import Column, print_modules
 from loratools.cli.command import command as named_command
 from loratools.cli.output import human_bytes, number, percent, say, sizes
 from loratools.cli.perform import perform, target_of
@@ -61,20 +61,17 @@ def command(
 
 def _show(result: QuantizeResult, *, verbose: bool) -> None:
     tensors = result.tensors
-    rows = [
-        [
-            tensor.name,
-            "×".join(map(str, tensor.shape)),
-            f"{human_bytes(tensor.bytes_in)} → {human_bytes(tensor.bytes_out)}",
-            number(tensor.relative_error),
-        ]
-        for tensor in tensors
-    ]
     errors = [tensor.relative_error for tensor in tensors]
-    shares = Measure([tensor.bytes_out / tensor.bytes_in for tensor in tensors], percent)
-    measures = {"of its size": shares, "relative error": Measure(errors)}
-    header = ["weight", "shape", "size", "relative error"]
-    print_modules(ModuleTable(header, "<>>>", rows, measures, errors), verbose=verbose)
+    bytes_ = [f"{human_bytes(t.bytes_in)} → {human_bytes(t.bytes_out)}" for t in tensors]
+    shares = [tensor.bytes_out / tensor.bytes_in for tensor in tensors]
+    columns = [
+        Column("shape", ["×".join(map(str, tensor.shape)) for tensor in tensors], str),
+        Column("size", bytes_, str),
+        Column("of its size", shares, percent, listed=False, summed=True),
+        Column("relative error", errors, summed=True),
+    ]
+    names = [tensor.name for tensor in tensors]
+    print_modules("weight", names, columns, errors, verbose=verbose)
     reasons = Counter(kept.reason for kept in result.kept)
     kept = ", ".join(f"{count} ({reason})" for reason, count in sorted(reasons.items()))
     say(f"weights kept: {kept or 'none'}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from loratools.algebra.ranks import RankRule
 from loratools.cli import options as shared
-from loratools.cli.by_type import Measure, ModuleTable, print_modules
+from loratools.cli.by_type import Column, print_modules
 from loratools.cli.command import command as named_command
 from loratools.cli.many import one_or_many
 from loratools.cli.output import note, number, percent, say, sizes
@@ -17,7 +17,7 @@ from loratools.lowrank.moments import Calibration
 from loratools.lowrank.resize import ComputeOptions
 from loratools.work.requests import Reading, Reporting, Writing
 from loratools.work.selection import Dropping, Selection
-from loratools_formats.disk.errors import OptionError
+from loratools_formats.disk.errors import OptionError, and_more
 
 
 @named_command("squeeze")
@@ -78,32 +78,23 @@ def command(
 
 def _show(result: SqueezeResult, *, verbose: bool) -> None:
     modules = result.modules
-    rows = [
-        [
-            module.name,
-            f"{module.rank_in} → {module.rank_out}",
-            percent(module.energy),
-            number(module.relative_error),
-        ]
-        for module in modules
-    ]
     errors = [module.relative_error for module in modules]
-    measures = {
-        "rank before": Measure([module.rank_in for module in modules], str),
-        "after": Measure([module.rank_out for module in modules], str),
-        "relative error": Measure(errors),
-    }
-    header, align = ["module", "rank", "energy kept", "relative error"], "<>>>"
+    ranks = [f"{module.rank_in} → {module.rank_out}" for module in modules]
+    before, after = [m.rank_in for m in modules], [m.rank_out for m in modules]
+    columns = [
+        Column("rank", ranks, str),
+        Column("rank before", before, str, listed=False, summed=True),
+        Column("after", after, str, listed=False, summed=True),
+        Column("energy kept", [module.energy for module in modules], percent),
+        Column("relative error", errors, summed=True),
+    ]
     if result.calibrated_error is not None:
         for_inputs = [module.calibrated_error or 0.0 for module in modules]
-        header, align = [*header, "for the inputs"], f"{align}>"
-        rows = [[*row, number(error)] for row, error in zip(rows, for_inputs, strict=True)]
-        measures["for the inputs"] = Measure(for_inputs)
-    print_modules(ModuleTable(header, align, rows, measures, errors), verbose=verbose)
+        columns.append(Column("for the inputs", for_inputs, summed=True))
+    names = [module.name for module in modules]
+    print_modules("module", names, columns, errors, verbose=verbose)
     if result.kept_whole:
-        count, first = len(result.kept_whole), result.kept_whole[0]
-        more = f" and {count - 1} more" if count > 1 else ""
-        note(f"kept as they are, for they have no factors: {first}{more}")
+        note(f"kept as they are, for they have no factors: {and_more(result.kept_whole)}")
     of_what = " of the DoRA direction" if result.directional else ""
     say(f"relative error{of_what}: {number(result.relative_error)}")
     if result.calibrated_error is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from loratools.cli import options as shared
-from loratools.cli.by_type import Measure, ModuleTable, print_modules
+from loratools.cli.by_type import Column, print_modules
 from loratools.cli.command import command as named_command
 from loratools.cli.many import one_or_many
 from loratools.cli.output import note, number, say
@@ -54,25 +54,14 @@ def command(
 
 def _show(result: ToDoraResult, *, verbose: bool) -> None:
     modules = result.modules
-    rows = [
-        [
-            module.name,
-            str(module.rank),
-            str(module.outputs),
-            number(module.least),
-            number(module.largest),
-            "–" if module.relative_error is None else number(module.relative_error),
-        ]
-        for module in modules
+    columns = [
+        Column("rank", [module.rank for module in modules], str, summed=True),
+        Column("outputs", [module.outputs for module in modules], str),
+        Column("least magnitude", [module.least for module in modules], summed=True),
+        Column("largest", [module.largest for module in modules], summed=True),
+        Column("relative error", [module.relative_error for module in modules], summed=True),
     ]
-    measures = {
-        "rank": Measure([module.rank for module in modules], str),
-        "least magnitude": Measure([module.least for module in modules]),
-        "largest": Measure([module.largest for module in modules]),
-        "relative error": Measure([module.relative_error for module in modules]),
-    }
-    header = ["module", "rank", "outputs", "least magnitude", "largest", "relative error"]
-    print_modules(ModuleTable(header, "<>>>>>", rows, measures), verbose=verbose)
+    print_modules("module", [module.name for module in modules], columns, verbose=verbose)
     if result.relative_error is not None:
         say(f"relative error: {number(result.relative_error)}")
     note("magnitudes are rounded to float32; nothing else changes")

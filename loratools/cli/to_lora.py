@@ -7,7 +7,7 @@ from pathlib import Path
 
 from loratools.algebra.ranks import RankRule
 from loratools.cli import options as shared
-from loratools.cli.by_type import Measure, ModuleTable, print_modules
+from loratools.cli.by_type import Column, print_modules
 from loratools.cli.command import command as named_command
 from loratools.cli.many import one_or_many
 from loratools.cli.output import human_bytes, note, number, percent, say
@@ -78,36 +78,25 @@ def command(
 
 
 def _show(result: ToLoraResult, *, verbose: bool) -> None:
-    header = ["module", "kind", "rank", "energy kept", "relative error"]
-    rows = [
-        [
-            module.name,
-            module.kind,
-            "whole" if module.rank is None else str(module.rank),
-            percent(module.energy),
-            number(module.relative_error),
-        ]
-        for module in result.modules
+    modules = result.modules
+    errors = [module.relative_error for module in modules]
+    columns = [
+        Column("kind", [module.kind for module in modules], str, side="<"),
+        Column("rank", [module.rank for module in modules], str, "whole", summed=True),
+        Column("energy kept", [module.energy for module in modules], percent),
+        Column("relative error", errors, summed=True),
     ]
-    if any(module.low_rank_energy is not None for module in result.modules):
-        header += ["factors", "rescaling"]
-        rows = [
-            [*row, _share(module.low_rank_energy), _share(module.rescaling_energy)]
-            for row, module in zip(rows, result.modules, strict=True)
+    if any(module.low_rank_energy is not None for module in modules):
+        columns += [
+            Column("factors", [module.low_rank_energy for module in modules], percent, ""),
+            Column("rescaling", [module.rescaling_energy for module in modules], percent, ""),
         ]
-    errors = [module.relative_error for module in result.modules]
-    ranks = Measure([module.rank for module in result.modules], str)
-    measures = {"rank": ranks, "relative error": Measure(errors)}
-    align = "<<" + ">" * (len(header) - 2)
-    print_modules(ModuleTable(header, align, rows, measures, errors), verbose=verbose)
+    names = [module.name for module in modules]
+    print_modules("module", names, columns, errors, verbose=verbose)
     say(f"relative error: {number(result.relative_error)}")
     say(f"size: {human_bytes(result.bytes_in)} → {human_bytes(result.bytes_out)}")
     for text in result.cautions:
         note(text)
-
-
-def _share(value: float | None) -> str:
-    return "" if value is None else percent(value)
 
 
 def _energies(found: ToLoraChoices) -> str | None:

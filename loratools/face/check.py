@@ -241,16 +241,13 @@ def _result(run: runner.CheckRun, options: CheckOptions, steps: tuple[Mended, ..
     bad: tuple[Severity, ...] = ()
     if limit != "never":
         bad = SEVERITIES[: SEVERITIES.index(limit) + 1]
-    return CheckResult(
+    return CheckResult.of(
+        run,
         passed=not run.unchecked and not any(counts[severity] for severity in bad),
         complete=not run.unchecked,
         counts=counts,
-        adapters=run.adapters,
-        unchecked=run.unchecked,
-        findings=run.findings,
         steps=steps,
         targets=tuple(target.label for target in options.targets()),
-        rules=run.rules,
     )
 
 

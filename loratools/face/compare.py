@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from loratools.face.declare import public
@@ -18,6 +20,8 @@ from loratools.page.parts import Section
 from loratools.work.parallel import Workers
 from loratools.work.requests import Progress, Reading
 from loratools.work.selection import Selection
+from loratools_formats.contract.path_kinds import is_model
+from loratools_formats.disk.errors import UnknownFormatError
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -80,7 +84,15 @@ def compare(
         AdapterError: they share no module, or values are not finite.
         UnsupportedError: a change depends on the base, or is not known.
     """
-    named = named_adapters(adapters, reading)
+    try:
+        named = named_adapters(adapters, reading)
+    except UnknownFormatError as error:
+        if error.path is not None and is_model(Path(error.path)):
+            error.hint = (
+                "compare measures adapters; to compare two models where an adapter acts: "
+                f"loratools compare ADAPTER --bases {shlex.quote(str(error.path))} MODEL"
+            )
+        raise
     found = operation.compare(
         named,
         base=None if base is None else model_or_pipeline(base),

@@ -35,7 +35,8 @@ from loratools.work.call import call_of, running
 from loratools.work.declared import Option, build, declared
 from loratools.work.requests import Writing
 from loratools.work.typed import accepted, converted, hints, option_value
-from loratools_formats.disk.errors import LoratoolsError, MissingFileError
+from loratools_formats.contract.path_kinds import missing
+from loratools_formats.disk.errors import LoratoolsError
 from loratools_formats.disk.parents import parents_made
 
 R = TypeVar("R")
@@ -253,7 +254,7 @@ def _local(path: Any, *, want: Any, beside: Beside, headers: bool = False) -> An
         return path
     if want == "model" and is_local(path) and not os.path.lexists(path):
         # A `Path` made of it would lose the `./` which says that it is no name on the Hub.
-        raise MissingFileError("no such file or folder", path=path)
+        raise missing(path)
     if parse(path, want) is None:
         return path
     from loratools.hub.resolve import located

@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from loratools.face.declare import public
 from loratools.face.output_names import check_model_name
-from loratools.face.result import Reported
+from loratools.face.result import CheckpointResult
 from loratools.face.source import WRITING, CopiedModel, destination, model
 from loratools.operations import dequantize as working
 from loratools.work.call import kept
-from loratools.work.json_object import hidden
 from loratools.work.requests import Progress, Writing
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class DequantizeResult(Reported, working.DequantizeResult):
+class DequantizeResult(CheckpointResult, working.DequantizeResult):
     """A checkpoint without quantised weights, written or measured."""
 
     operation: ClassVar[str] = "dequantize"
-
-    run: Callable[[Path, bool], working.DequantizeResult] = hidden()
-
-    def write(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-        """Dequantise again, write the checkpoint whole or not at all, and return where.
-
-        Raises:
-            OutputExistsError: the output exists and `overwrite` is false.
-            OutputError: it could not be written; what stood there is intact.
-        """
-        self.run(Path(path), overwrite)
-        return Path(path)
 
 
 @public(writing=WRITING)

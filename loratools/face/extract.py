@@ -120,12 +120,7 @@ def extract(
         UnsupportedError: a tensor that has no place in a LoRA changed.
         OutputExistsError: the output exists and `overwrite` is false.
     """
-    if not rule.is_given:
-        raise OptionError(
-            "no rule for the ranks",
-            expected="rank, energy, budget or another rule",
-            hint="extract_choices shows what each rank costs",
-        )
+    rule.require(hint="extract_choices shows what each rank costs")
     before, after = _both(base, tuned, naming)
     writing = destination(writing, None, [before, after])
     single = naming.to not in (None, "peft")

@@ -156,12 +156,8 @@ def fleet_share(
         UnsupportedError: a DoRA, or a kind that does not fold exactly.
         OutputExistsError: the output exists and `overwrite` is false.
     """
-    if not rule.is_given:
-        raise OptionError(
-            "no rule for the ranks of the bases",
-            expected="rank, energy, budget or another rule",
-            hint="Try `rank=64`, or `budget=25%` of the adapters' size",
-        )
+    hint = "Try `rank=64`, or `budget=25%` of the adapters' size"
+    rule.require("the ranks of the bases", hint)
     found = named_adapters(adapters, reading, dropping)
     named = dict(zip(short_names(list(found)), found.values(), strict=True))
     writing = destination(writing, None, named.values())

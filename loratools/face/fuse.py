@@ -12,7 +12,7 @@ from loratools.base.named_base import about_base
 from loratools.face.declare import public
 from loratools.face.fuse_parts import FusePart, spread
 from loratools.face.output_names import check_model_name
-from loratools.face.result import Reported
+from loratools.face.result import InputAdapter, Reported
 from loratools.face.source import (
     WRITING,
     CopiedModel,
@@ -45,19 +45,6 @@ from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import OptionError, UnknownFormatError
 
 _AnyFusion = Fusion | GgufFusion | PipelineFusion
-
-
-@dataclass(frozen=True)
-class FusedAdapter:
-    """An adapter that was fused in.
-
-    Attributes:
-        name: what reports call it.
-        weight: factor of its change.
-    """
-
-    name: str
-    weight: float
 
 
 @dataclass(frozen=True)
@@ -109,7 +96,7 @@ class FuseResult(Reported):
 
     operation: ClassVar[str] = "fuse"
 
-    adapters: tuple[FusedAdapter, ...]
+    adapters: tuple[InputAdapter, ...]
     relative_change: float | None
     lost_to_rounding: float
     bytes_out: int
@@ -350,18 +337,12 @@ def _plan(
 
 
 def _result(inputs: tuple[FuseInput, ...], done: Fused, planned: tuple[Finding, ...]) -> FuseResult:
-    return FuseResult(
-        adapters=tuple(FusedAdapter(item.name, item.weight) for item in inputs),
-        relative_change=done.relative_change,
+    return FuseResult.of(
+        done,
+        adapters=tuple(InputAdapter(item.name, item.weight) for item in inputs),
         lost_to_rounding=done.lost,
         bytes_out=done.nbytes,
         files=done.shards,
-        surviving=done.surviving,
-        quantising_error=done.quantising_error,
-        base_rounding=done.base_rounding,
-        copied=done.copied,
-        converted=done.converted,
-        left_out=done.left_out,
         findings=tuple(dict.fromkeys((*planned, *done.findings))),
         tensors=tuple(
             FusedTensor(

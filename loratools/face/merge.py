@@ -12,7 +12,7 @@ from typing import ClassVar
 from loratools.algebra.ranks import RankRule
 from loratools.base.named_base import distinct_bases
 from loratools.face.declare import public
-from loratools.face.result import AdapterResult, check_error
+from loratools.face.result import AdapterResult, InputAdapter, check_error
 from loratools.face.source import (
     READING,
     WRITING,
@@ -49,22 +49,9 @@ from loratools_formats.contract.files import check_apart, write_adapter
 from loratools_formats.contract.path_kinds import is_model
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.findings import Finding
-from loratools_formats.disk.errors import AdapterError, OptionError, UnknownFormatError
+from loratools_formats.disk.errors import AdapterError, OptionError, UnknownFormatError, and_more
 from loratools_formats.disk.provenance import RECIPE_FILE
 from loratools_formats.disk.publish import publish_file
-
-
-@dataclass(frozen=True)
-class MergedAdapter:
-    """An adapter that took part.
-
-    Attributes:
-        name: what reports call it.
-        weight: factor of its change.
-    """
-
-    name: str
-    weight: float
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -87,7 +74,7 @@ class MergeResult(AdapterResult):
     operation: ClassVar[str] = "merge"
 
     method: str
-    adapters: tuple[MergedAdapter, ...]
+    adapters: tuple[InputAdapter, ...]
     relative_error: float
     energy: float
     factor_residual: float | None
@@ -197,17 +184,13 @@ def merge(
         done = operation.merge(
             inputs, chosen, base=checkpoint, scratch_folder=beside(writing), progress=progress
         )
-    result = MergeResult(
-        adapter=done.adapter,
+    result = MergeResult.of(
+        done,
         findings=(*_findings(inputs), *done.findings, *_about_left_out(done.left_out)),
         method=chosen.method,
-        adapters=tuple(MergedAdapter(item.name, item.weight) for item in inputs),
-        relative_error=done.relative_error,
-        energy=done.energy,
-        factor_residual=done.factor_residual,
+        adapters=tuple(InputAdapter(item.name, item.weight) for item in inputs),
         bytes_in=sum(item.adapter.weights_nbytes for item in inputs),
         bytes_out=written_nbytes(done.adapter),
-        modules=done.modules,
         recipe=_recipe(inputs, chosen, checkpoint),
     )
     check_error(result, writing.max_error)
@@ -277,8 +260,7 @@ def _findings(inputs: list[MergeInput]) -> tuple[Finding, ...]:
 def _about_left_out(paths: tuple[str, ...]) -> list[Finding]:
     if not paths:
         return []
-    which = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
-    message = f"left out, since every adapter's weight is 0 there: {which}"
+    message = f"left out, since every adapter's weight is 0 there: {and_more(paths)}"
     return [Finding("weightless-modules", "note", None, message)]
 
 

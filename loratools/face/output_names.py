@@ -11,10 +11,20 @@ from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import OptionError
 
 _OF_FILES = (".safetensors", ".gguf", ".bin", ".pt", ".ckpt")
+_OF_OTHER_FILES = frozenset(
+    f".{ending}"
+    for group in (
+        ("csv", "html", "json", "jsonl", "log", "md", "sarif", "toml", "txt", "xml", "yaml", "yml"),
+        ("7z", "gz", "tar", "xz", "zip", "zst"),
+        ("npy", "npz", "onnx", "pkl", "png", "svg"),
+    )
+    for ending in group
+)
+"""Endings of files that are no adapters, which a folder may not have."""
 
 
 def check_name(output: Path, format_name: str, *, asked: bool = False) -> None:
-    """Refuse to make a folder that is named as a file of another format.
+    """Refuse to make an adapter that is named as another kind of file.
 
     Args:
         output: where it is to go.
@@ -22,20 +32,47 @@ def check_name(output: Path, format_name: str, *, asked: bool = False) -> None:
         asked: whether the format is one that the user chose for this output.
 
     Raises:
-        OptionError: the name has the suffix of a format that is one file.
+        OptionError: a folder has the name of a file, or a file has the ending of another format.
     """
-    if not get_format(format_name).is_folder:
+    written = get_format(format_name)
+    if written.fits(output.name):
         return
-    for entry in registered_formats():
-        other = entry.format
-        if other is not None and not other.is_folder and other.fits(output.name):
-            folder = shlex.quote(str(output.with_suffix("")))
-            more = f", and make the file of it: {_conversion(folder, output)}"
-            raise OptionError(
-                f"format {format_name} is a folder, and the output is named as a file",
-                got=str(output),
-                hint=f"Pass `output={folder}`" + ("" if asked else more),
-            )
+    is_other_adapter = _is_named_as_adapter(output)
+    if not is_other_adapter and output.suffix.lower() not in _OF_OTHER_FILES:
+        return
+    if written.is_folder:
+        folder = shlex.quote(str(_without_endings(output)))
+        more = f", and make the file of it: {_conversion(folder, output)}"
+        raise OptionError(
+            f"format {format_name} is a folder, and the output is named as a file",
+            got=str(output),
+            hint=f"Pass `output={folder}`" + (more if is_other_adapter and not asked else ""),
+        )
+    if written.suffixes:
+        ending = written.suffixes[0]
+        better = shlex.quote(f"{_without_endings(output)}{ending}")
+        raise OptionError(
+            f"format {format_name} is a {ending} file, and the output is named as another kind",
+            got=str(output),
+            hint=f"Pass `output={better}`",
+        )
+
+
+def _is_named_as_adapter(output: Path) -> bool:
+    """Return whether a name has the ending of a format whose adapters are one file."""
+    formats = [entry.format for entry in registered_formats()]
+    return any(one is not None and not one.is_folder and one.fits(output.name) for one in formats)
+
+
+def _without_endings(output: Path) -> Path:
+    """Return a path without the endings of files.
+
+    >>> _without_endings(Path("v1.5/small.tar.gz")).as_posix()
+    'v1.5/small'
+    """
+    while output.suffix.lower() in _OF_OTHER_FILES or _is_named_as_adapter(output):
+        output = output.with_suffix("")
+    return output
 
 
 def about_name(output: Path, format_name: str) -> list[Finding]:
@@ -66,9 +103,11 @@ def check_model_name(output: Path | None, kind: Literal["folder", ".safetensors"
     Raises:
         OptionError: the name has the ending of another kind.
     """
-    if output is None or output.suffix.lower() not in _OF_FILES or output.suffix.lower() == kind:
+    if output is None or output.suffix.lower() not in (*_OF_FILES, *_OF_OTHER_FILES):
         return
     other = output.suffix.lower()
+    if other == kind:
+        return
     better = output.with_suffix("" if kind == "folder" else kind)
     named = shlex.quote(str(better))
     hint = f"Pass `output={named}`"

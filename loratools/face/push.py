@@ -34,12 +34,14 @@ from loratools.work.parallel import Workers
 from loratools.work.requests import Progress, Writing
 from loratools_formats.contract.files import read_adapter, write_adapter
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.file_names import CARD
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import (
     LoratoolsError,
     OptionError,
     UnfitError,
     UnknownFormatError,
+    and_more,
 )
 from loratools_formats.disk.provenance import PROVENANCE_FILE
 from loratools_formats.disk.temporaries import temporary_folder
@@ -216,7 +218,7 @@ def _check(
         raise UnfitError(
             "nothing was published, since the check found something",
             path=path,
-            got=reasons[0] + (f" and {len(reasons) - 1} more" if len(reasons) > 1 else ""),
+            got=and_more(reasons),
             hint="Pass `no_check=True`, or see all of it: "
             f"loratools check {shlex.quote(str(path))}",
             result=result,
@@ -281,7 +283,7 @@ def _prepared(
         )
         subject = replace(subject, licence=licence_of(subject.base_model, before))
         after = updated(before, card_facts(subject))
-        made[files.CARD] = after
+        made[CARD] = after
         shown = card_there(target, there) or b""
         diff = "".join(
             difflib.unified_diff(

@@ -16,12 +16,17 @@ from loratools.hub.references import Reference, parse_target
 from loratools.operations.provenance import changed
 from loratools.work.history import tells_how
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.file_names import CARD
 from loratools_formats.disk.errors import (
     LoratoolsError,
     OptionError,
 )
 from loratools_formats.disk.files import read_small_file
-from loratools_formats.disk.provenance import PROVENANCE_FILE, is_sound, read_statement
+from loratools_formats.disk.provenance import (
+    is_sound,
+    read_statement,
+    statement_place,
+)
 
 _MOST_CARD_BYTES = 1 << 20
 _LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -30,7 +35,7 @@ _LICENCE_KEYS = ("license", "license_name", "license_link")
 def card_there(target: upload.Target, there: upload.Remote) -> bytes | None:
     """Return the card that the repository has; None if it has none."""
     reference = target.reference
-    name = f"{reference.inside}/{files.CARD}" if reference.inside else files.CARD
+    name = f"{reference.inside}/{CARD}" if reference.inside else CARD
     if name not in there.marks or there.head is None:
         return None
     hub = client.library(reference)
@@ -104,8 +109,7 @@ class Records:
 
 def records_of(path: Path) -> Records:
     """Return what the statement beside or inside an output tells, if it is about its weights."""
-    place = path / PROVENANCE_FILE if path.is_dir() else Path(f"{path}.{PROVENANCE_FILE}")
-    statement = read_statement(place)
+    statement = read_statement(statement_place(path))
     if statement is None:
         return Records(())
     stale = tuple(filter(tells_how, changed(statement, path)))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -11,32 +9,19 @@ from typing import ClassVar
 from loratools.base.fourbit.encode import FourBitOptions
 from loratools.face.declare import public
 from loratools.face.output_names import check_model_name
-from loratools.face.result import Reported
+from loratools.face.result import CheckpointResult
 from loratools.face.source import WRITING, CopiedModel, destination, model
 from loratools.operations import quantize as working
 from loratools.work.call import kept
-from loratools.work.json_object import hidden
 from loratools.work.parallel import Workers
 from loratools.work.requests import Progress, Writing
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class QuantizeResult(Reported, working.QuantizeResult):
+class QuantizeResult(CheckpointResult, working.QuantizeResult):
     """A checkpoint in four bits, written or measured."""
 
     operation: ClassVar[str] = "quantize"
-
-    run: Callable[[Path, bool], working.QuantizeResult] = hidden()
-
-    def write(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-        """Quantise again, write the checkpoint whole or not at all, and return where.
-
-        Raises:
-            OutputExistsError: the output exists and `overwrite` is false.
-            OutputError: it could not be written; what stood there is intact.
-        """
-        self.run(Path(path), overwrite)
-        return Path(path)
 
 
 @public(writing=WRITING)

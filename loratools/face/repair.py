@@ -80,7 +80,7 @@ def repair(
     """
     adapter = opened(source, reading)
     checkpoint = None if base is None else model_or_pipeline(base)
-    writing = destination(writing, adapter, [adapter, checkpoint])
+    writing = destination(writing, adapter, [adapter, checkpoint], adapter.format)
     done = operation.repair(
         adapter,
         replace(options, intruders=judging),

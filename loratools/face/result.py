@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -129,6 +129,41 @@ class Reported(Result):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "notes", tuple(each.message for each in self.findings))
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class CheckpointResult(Reported):
+    """A result that is a checkpoint, written or measured.
+
+    Attributes:
+        run: computes it, and writes it to a path, over what is there if its second argument is
+            true.
+    """
+
+    run: Callable[[Path, bool], object] = hidden()
+
+    def write(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Compute the checkpoint again, write it whole or not at all, and return where.
+
+        Raises:
+            OutputExistsError: the output exists and `overwrite` is false.
+            OutputError: it could not be written; what stood there is intact.
+        """
+        self.run(Path(path), overwrite)
+        return Path(path)
+
+
+@dataclass(frozen=True)
+class InputAdapter:
+    """An adapter that was merged, or fused into a base.
+
+    Attributes:
+        name: what reports call it.
+        weight: factor of its change.
+    """
+
+    name: str
+    weight: float
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+from loratools.face.output_names import check_name
 from loratools.folding.zeros import require_change
 from loratools.hub.references import Wanted, path_of
+from loratools.work.provenance import path_of_input
 from loratools.work.requests import Reading, Writing
 from loratools.work.selection import Dropping
 from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
@@ -53,9 +56,9 @@ Mergeable = Annotated[_Weighted, Wanted("adapter", text="file")]
 """Adapters as in `Weighted`; but a text alone is the path of a recipe."""
 
 
-READING = ("from_", "carry_unknown", "ignore_key")
-WRITING = ("output", "overwrite")
-IN_PLACE = (*WRITING, "in_place")
+READING: tuple[str, ...] = ("from_", "carry_unknown", "ignore_key")
+WRITING: tuple[str, ...] = ("output", "overwrite")
+IN_PLACE: tuple[str, ...] = (*WRITING, "in_place")
 
 
 def opened(source: Any, reading: Reading, dropping: Dropping | None = None) -> Adapter:
@@ -241,16 +244,23 @@ def label(source: Any) -> str:
     return "adapter" if path is None else shown_name(path)
 
 
-def destination(writing: Writing, source: Adapter | None, inputs: Iterable[Any]) -> Writing:
+def destination(
+    writing: Writing,
+    source: Adapter | None,
+    inputs: Iterable[Any],
+    format_name: str | None = None,
+) -> Writing:
     """Return where the result goes, refusing before any work an output that cannot be published.
 
     Args:
         writing: what was asked for.
         source: the adapter to replace, if the result is to be written in place.
         inputs: adapters, checkpoints and paths that are read.
+        format_name: of the adapter that is made, where it is known before.
 
     Raises:
-        OptionError: the result is to go over an adapter that has no path, or to two places.
+        OptionError: the result is to go over an adapter that has no path, or to two places, or is
+            named as another kind of file.
         OutputExistsError: the output exists and may not be replaced, is an input, or lies inside an
             input or around one.
         OutputError: the folder that it would be in does not exist.
@@ -269,9 +279,14 @@ def destination(writing: Writing, source: Adapter | None, inputs: Iterable[Any])
     if output is None:
         return writing
     if str(output) == "-":
-        raise OptionError("results are files and folders, and cannot go to stdout", got="-")
+        raise OptionError(
+            "results are files and folders, and cannot go to stdout",
+            got="-",
+            hint="Name a place: `output=PATH`",
+        )
     check_target(output, [], overwrite=writing.overwrite)
-    for path in filter(None, map(_path_of, inputs)):
+    _require_elsewhere(output)
+    for path in filter(None, map(path_of_input, inputs)):
         if os.path.realpath(output) == os.path.realpath(path) and not writing.in_place:
             raise OutputExistsError(
                 "the output is an input, and inputs are never changed",
@@ -284,13 +299,23 @@ def destination(writing: Writing, source: Adapter | None, inputs: Iterable[Any])
                 ),
             )
         check_target(output, [path], overwrite=writing.overwrite)
+    if format_name is not None:
+        check_name(output, format_name)
     return writing
 
 
-def _path_of(item: Any) -> Path | None:
-    if isinstance(item, Adapter):
-        return item.source
-    return item.path if isinstance(item, Checkpoint) else item
+def _require_elsewhere(output: Path) -> None:
+    """Refuse to replace the current folder, or one around it.
+
+    Whoever stands in it, such as a shell, would be left in a folder that is gone.
+    """
+    here, place = Path(os.path.realpath(os.curdir)), Path(os.path.realpath(output))
+    if place == here or place in here.parents:
+        raise OutputExistsError(
+            "the current folder is the output or lies inside it, and would be replaced",
+            path=output,
+            hint=f"Go to another folder, and name {shlex.quote(str(place))} there",
+        )
 
 
 def beside(writing: Writing) -> Path | None:

@@ -17,7 +17,6 @@ from loratools.operations.reported import written_nbytes
 from loratools.operations.squeeze import ModuleReport
 from loratools.work.requests import Progress, Reading, Writing
 from loratools.work.selection import Dropping, Selection
-from loratools_formats.disk.errors import OptionError
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -99,14 +98,9 @@ def squeeze(
         AdapterError: nothing to squeeze, NaN or infinite values, or values beyond the type.
         OutputExistsError: the output exists and `overwrite` is false.
     """
-    if not rule.is_given:
-        raise OptionError(
-            "no rule for the ranks",
-            expected="rank, energy, budget or another rule",
-            hint="squeeze_choices shows what each rank costs",
-        )
+    rule.require(hint="squeeze_choices shows what each rank costs")
     given = trained(source, initial, reading, dropping)
-    writing = destination(writing, given.inputs[0], given.inputs)
+    writing = destination(writing, given.inputs[0], given.inputs, given.adapter.format)
     done = operation.squeeze(
         given.adapter,
         rule,
@@ -116,16 +110,11 @@ def squeeze(
         scratch_folder=beside(writing),
         progress=progress,
     )
-    result = SqueezeResult(
-        adapter=done.adapter,
+    result = SqueezeResult.of(
+        done,
         findings=given.findings,
-        relative_error=done.relative_error,
-        directional=done.directional,
         bytes_in=given.adapter.weights_nbytes,
         bytes_out=written_nbytes(done.adapter),
-        modules=done.modules,
-        kept_whole=done.kept_whole,
-        calibrated_error=done.calibrated_error,
     )
     check_error(result, writing.max_error)
     return result.written(writing)

@@ -83,10 +83,4 @@ def to_dora(
         progress=progress,
     )
     findings = (*given.findings, *about_base(given.inputs[:1], checkpoint))
-    result = ToDoraResult(
-        adapter=done.adapter,
-        findings=findings,
-        relative_error=done.relative_error,
-        modules=done.modules,
-    )
-    return result.written(writing)
+    return ToDoraResult.of(done, findings=findings).written(writing)

@@ -127,14 +127,11 @@ def to_lora(
         progress=progress,
     )
     _check_format(done.adapter)
-    result = ToLoraResult(
-        adapter=done.adapter,
+    result = ToLoraResult.of(
+        done,
         findings=(*given.findings, *about_base(given.inputs[:1], checkpoint)),
-        relative_error=done.relative_error,
         bytes_in=given.adapter.weights_nbytes,
         bytes_out=written_nbytes(done.adapter),
-        cautions=done.cautions,
-        modules=done.modules,
     )
     check_error(result, writing.max_error)
     return result.written(writing)
@@ -172,12 +169,8 @@ def to_lora_choices(
     found = operation.to_lora_choices(adapter, compute, base=checkpoint, given=settings)
     if found is None:
         return None
-    return ToLoraChoices(
-        bytes_in=adapter.weights_nbytes,
-        low_rank_energy=found.low_rank_energy,
-        rescaling_energy=found.rescaling_energy,
-        choices=choice_rows(found.choices),
-    )
+    rows = choice_rows(found.choices)
+    return ToLoraChoices.of(found, bytes_in=adapter.weights_nbytes, choices=rows)
 
 
 def _check_format(adapter: Adapter) -> None:

@@ -8,8 +8,9 @@ import numpy as np
 
 from loratools.algebra.device import Device
 from loratools.algebra.one_matrix import Decomposed, Matrix, RandomisedSvd, padded, signed
-from loratools.algebra.streamed_svd import RowSource, StreamedMatrix, row_spans, streamed_svd
-from loratools.kinds.declaration import Columns, DeltaForm, Kronecker, Product, Rows
+from loratools.algebra.row_blocks import RowSource, row_spans
+from loratools.algebra.streamed_svd import StreamedMatrix, streamed_svd
+from loratools.kinds.declaration import Columns, DeltaForm, Kronecker, Product, Rows, rows_in_groups
 from loratools.work.seeds import seed_of_matrix
 from loratools_formats.core.dtypes import Array
 
@@ -47,13 +48,11 @@ def rows_of(form: DeltaForm) -> Rows:
     left, right, scale = form.left, form.right, form.scale
     height = len(right)
 
-    def rows(start: int, stop: int) -> Array:
-        first, last = start // height, (stop - 1) // height + 1
-        whole = np.kron(left[first:last], right)
-        result: Array = scale * whole[start - first * height : stop - first * height]
-        return result
+    def of_blocks(first: int, last: int) -> Array:
+        return scale * np.kron(left[first:last], right)
 
-    return Rows((len(left) * height, left.shape[1] * right.shape[1]), rows)
+    shape = (len(left) * height, left.shape[1] * right.shape[1])
+    return Rows(shape, rows_in_groups(height, of_blocks))
 
 
 class KroneckerMatrix:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.algebra.streamed_svd import row_spans
+from loratools.algebra.row_blocks import row_spans
 from loratools.kinds.declaration import Rows, Weight
 from loratools.work.parallel import in_parts
 from loratools_formats.core.change import Axis

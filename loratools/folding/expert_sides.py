@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from loratools.base.dequantised import dequantised
 from loratools.base.placement import rules
-from loratools.base.placement.class_view import class_view
-from loratools.base.placement.names import Names
+from loratools.base.placement.class_view import names_in_class
 from loratools.base.placement.orient import stack_is_swapped, stack_is_transposed
 from loratools.folding.base_layout import in_base_layout
 from loratools_formats.checkpoints.checkpoint import Checkpoint
@@ -37,7 +35,7 @@ def with_sides(adapter: Adapter, base: Checkpoint | None) -> Adapter:
     found = unknown | _of_open_class(adapter)
     if base is None or not found:
         return adapter
-    names = Names(class_view(dequantised(base).checkpoint).checkpoint)
+    names = names_in_class(base)
     modules = dict(adapter.modules)
     for name, part in found.items():
         (parameter,) = part.layer.parameters

@@ -28,7 +28,8 @@ from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import Layer, LowRank, ModuleChange
 from loratools_formats.core.dtypes import Array
-from loratools_formats.disk.errors import AdapterError, LoratoolsError
+from loratools_formats.core.factors import NOT_FINITE
+from loratools_formats.disk.errors import AdapterError, naming
 
 _SAFE_SCALE = 1e60
 """Up to which squares of products of float32 numbers stay below float64's largest."""
@@ -138,15 +139,10 @@ class ThinModules:
             AdapterError: NaN or infinite values, or tensors that do not fit.
         """
         whole, change = self.adapter.modules[name], self.modules[name]
-        try:
+        with naming(self.adapter.source, name):
             if change.factors is not None and not change.is_dora:
                 return self._of_factors(name, whole, change.factors)
             return self._of_other(name, change)
-        except LoratoolsError as error:
-            error.tensor = error.tensor or name
-            if error.path is None and self.adapter.source is not None:
-                error.path = str(self.adapter.source)
-            raise
 
     def _of_factors(self, name: str, whole: ModuleChange, delta: LowRank) -> ThinModule:
         wide = "F64" in (delta.a.dtype.code, delta.b.dtype.code)
@@ -154,7 +150,7 @@ class ThinModules:
         for b, a in loaded(delta, narrow=True):
             thin.append(Thin(b, a, delta.scale, use_gram=not wide))
             if not (_is_finite(b, a) if wide else _has_finite_sizes(thin[-1])):
-                raise NonFiniteError("factor holds NaN or infinite values", tensor=name)
+                raise NonFiniteError(NOT_FINITE, tensor=name)
             overflows = wide or abs(delta.scale) > _SAFE_SCALE
             if overflows and not np.isfinite(thin[-1].squared_norm):
                 raise AdapterError("squares of the factors overflow float64", tensor=name)

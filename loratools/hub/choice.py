@@ -16,6 +16,7 @@ from loratools_formats.checkpoints.no_checkpoint import WEIGHT_SUFFIXES
 from loratools_formats.core.attachments import ATTACHMENTS
 from loratools_formats.core.file_names import (
     ADAPTER_CONFIG,
+    CARD,
     MLX_WEIGHTS,
     MODEL_WEIGHTS,
     PEFT_WEIGHTS,
@@ -25,7 +26,6 @@ from loratools_formats.core.file_names import (
 )
 from loratools_formats.disk.errors import HubError, LoratoolsError, MissingFileError
 
-CARD = "README.md"
 _WITH_CONFIG = (PEFT_WEIGHTS, MLX_WEIGHTS)
 _MODEL_FACTS = re.compile(r"(?:config|.+\.safetensors\.index)\.json")
 _SPLIT = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")

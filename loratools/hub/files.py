@@ -17,10 +17,10 @@ from loratools_formats.containers.gguf.splits import read_model
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.attachments import ATTACHMENTS
+from loratools_formats.core.file_names import CARD
 from loratools_formats.disk.files import inside
 from loratools_formats.disk.provenance import PROVENANCE_FILE, RECIPE_FILE
 
-CARD = "README.md"
 PICTURE = "spectrum.png"
 _LOCAL_PATH = re.compile(rb"^\s*(?:- )?\{?(?:path|base): *+(?![\"']?hf:/)", re.MULTILINE)
 _LARGEST_RECIPE = 1 << 20

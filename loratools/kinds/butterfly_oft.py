@@ -12,7 +12,7 @@ import functools
 
 import numpy as np
 
-from loratools.algebra.streamed_svd import row_spans
+from loratools.algebra.row_blocks import row_spans
 from loratools.kinds.declaration import DeltaForm, Kind, Rows, Tensors, Weight
 from loratools.kinds.diag_oft import gains, rotations
 from loratools_formats.core.change import KindDelta

@@ -81,6 +81,24 @@ class Columns:
 DeltaForm = Product | Kronecker | Rows | Columns
 
 
+def rows_in_groups(
+    size: int, of_groups: Callable[[int, int], Array]
+) -> Callable[[int, int], Array]:
+    """Return what gives rows [start, stop), where only whole groups of rows can be computed.
+
+    Args:
+        size: rows in a group.
+        of_groups: returns the rows of groups [first, last).
+    """
+
+    def rows(start: int, stop: int) -> Array:
+        first = start // size
+        whole = of_groups(first, -(-stop // size))
+        return whole[start - first * size : stop - first * size]
+
+    return rows
+
+
 class Weight(Protocol):
     """The weight that a change belongs to, as a matrix (out, in).
 
@@ -189,6 +207,17 @@ class Tensors:
         if not np.isfinite(values).all():
             raise AdapterError("tensor holds NaN or infinite values", tensor=ref.key)
         return values
+
+    def pair(self, end: str = "") -> tuple[Array, Array]:
+        """Return the factors a (r, in) and b (out, r), whose names end so.
+
+        Raises:
+            AdapterError: they do not fit each other, or hold NaN or infinite values.
+        """
+        a, b = self[f"a{end}"], self[f"b{end}"]
+        if b.shape[1] != len(a):
+            raise self.wrong_shape(f"b{end}", f"(out, {len(a)})")
+        return a, b
 
     def integers(self, name: str) -> Array:
         """Return a tensor of indices as int64.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.algebra.streamed_svd import row_spans
+from loratools.algebra.row_blocks import row_spans
 from loratools.kinds.declaration import DeltaForm, Kind, Product, Tensors, Weight
 from loratools_formats.core.change import KindDelta
 from loratools_formats.disk.errors import UnsupportedError

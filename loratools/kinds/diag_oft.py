@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import DeltaForm, Kind, Rows, Tensors, Weight
+from loratools.kinds.declaration import DeltaForm, Kind, Rows, Tensors, Weight, rows_in_groups
 from loratools.kinds.oft import cayley
 from loratools_formats.core.change import KindDelta
 from loratools_formats.core.dtypes import Array
@@ -56,15 +56,13 @@ def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     turns = rotations(blocks, delta.settings["constraint"]).swapaxes(-1, -2)
     gain = gains(tensors, out)
 
-    def rows(start: int, stop: int) -> Array:
-        first, last = start // size, (stop - 1) // size + 1
+    def of_blocks(first: int, last: int) -> Array:
         base = weight.rows(first * size, last * size)
         moved = turns[first:last] @ base.reshape(last - first, size, -1)
-        whole = gain[first * size : last * size] * moved.reshape(base.shape) - base
-        result: Array = whole[start - first * size : stop - first * size]
-        return result
+        changed: Array = gain[first * size : last * size] * moved.reshape(base.shape) - base
+        return changed
 
-    return Rows(weight.shape, rows)
+    return Rows(weight.shape, rows_in_groups(size, of_blocks))
 
 
 KIND = Kind(

@@ -14,7 +14,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import DeltaForm, Kind, Kronecker, Rows, Tensors, Weight
+from loratools.kinds.declaration import (
+    DeltaForm,
+    Kind,
+    Kronecker,
+    Rows,
+    Tensors,
+    Weight,
+    rows_in_groups,
+)
 from loratools_formats.core.change import KindDelta
 from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import AdapterError
@@ -42,13 +50,11 @@ def _by_input(left: Array, whole: Array, scale: float) -> Rows:
     (height, width), (outputs, inputs, kernel) = left.shape, whole.shape
     columns = inputs * width * kernel
 
-    def rows(start: int, stop: int) -> Array:
-        first, last = start // height, (stop - 1) // height + 1
-        block = np.einsum("ijt,mn->imjnt", scale * whole[first:last], left)
-        flat: Array = block.reshape(-1, columns)
-        return flat[start - first * height : stop - first * height]
+    def of_outputs(first: int, last: int) -> Array:
+        block: Array = np.einsum("ijt,mn->imjnt", scale * whole[first:last], left)
+        return block.reshape(-1, columns)
 
-    return Rows((outputs * height, columns), rows)
+    return Rows((outputs * height, columns), rows_in_groups(height, of_outputs))
 
 
 def _form(delta: KindDelta, _: Weight) -> DeltaForm:

@@ -24,9 +24,7 @@ def _form(delta: KindDelta, _: Weight) -> DeltaForm:
         end = f".{part}" if part else ""
         if f"a{end}" not in tensors and part:
             continue
-        a, b = tensors[f"a{end}"], tensors[f"b{end}"]
-        if b.shape[1] != len(a):
-            raise tensors.wrong_shape(f"b{end}", f"(out, {len(a)})")
+        a, b = tensors.pair(end)
         if blocks and len(b) != len(blocks[0][1]):
             raise tensors.wrong_shape(f"b{end}", f"{len(blocks[0][1])} rows, as the other parts")
         scale = scale_of(alpha, len(a), is_rooted=rslora)

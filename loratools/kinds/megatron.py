@@ -13,6 +13,7 @@ import numpy as np
 from loratools.kinds.declaration import DeltaForm, Kind, Product, Tensors, Weight
 from loratools_formats.core.change import KindDelta
 from loratools_formats.core.dtypes import Array
+from loratools_formats.core.factors import check_magnitude
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
 
@@ -45,22 +46,13 @@ def _rows(delta: KindDelta, total: int) -> Array:
 
 
 def _form(delta: KindDelta, _: Weight) -> DeltaForm:
-    tensors = Tensors(delta)
-    a, b = tensors["a"], tensors["b"]
-    if b.shape[1] != len(a):
-        raise tensors.wrong_shape("b", f"(out, {len(a)})")
+    a, b = Tensors(delta).pair()
     return Product(delta.settings["alpha"] / len(a) * b[_rows(delta, len(b))], a)
 
 
 def _magnitude(delta: KindDelta, stored: TensorRef) -> TensorRef:
     rows = {**delta.shared, **delta.parts}["b"].shape[0]
-    if stored.numel != rows:
-        raise AdapterError(
-            "magnitude does not fit the module",
-            tensor=stored.key,
-            got=list(stored.shape),
-            expected=f"{rows} elements",
-        )
+    check_magnitude(stored, rows)
     order = _rows(delta, rows)
     return stored.reshaped((rows, 1)).rows(order.tolist()).reshaped((len(order),))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import DeltaForm, Kind, Rows, Tensors, Weight
+from loratools.kinds.declaration import DeltaForm, Kind, Rows, Tensors, Weight, rows_in_groups
 from loratools_formats.core.change import KindDelta
 from loratools_formats.core.dtypes import Array
 
@@ -22,16 +22,14 @@ def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     if len(block) != out // rank:
         raise tensors.wrong_shape("block", f"({out // rank}, {rank}, {rank})")
 
-    def rows(start: int, stop: int) -> Array:
-        first, last = start // rank * rank, -(-stop // rank) * rank
-        base = weight.rows(first, last).reshape(-1, rank, in_ // rank, rank)
-        mats = block[first // rank : last // rank]
-        moved = np.einsum("iajb,ibc->iajc", base, mats)
+    def of_blocks(first: int, last: int) -> Array:
+        base = weight.rows(first * rank, last * rank).reshape(-1, rank, in_ // rank, rank)
+        mats = block[first:last]
+        moved: Array = np.einsum("iajb,ibc->iajc", base, mats)
         moved += mats[:, :, None, :]
-        result: Array = moved.reshape(last - first, in_)[start - first : stop - first]
-        return result
+        return moved.reshape((last - first) * rank, in_)
 
-    return Rows(weight.shape, rows)
+    return Rows(weight.shape, rows_in_groups(rank, of_blocks))
 
 
 KIND = Kind(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import DeltaForm, Kind, Rows, Tensors, Weight
+from loratools.kinds.declaration import DeltaForm, Kind, Rows, Tensors, Weight, rows_in_groups
 from loratools_formats.core.change import KindDelta
 from loratools_formats.core.dtypes import Array
 
@@ -71,15 +71,13 @@ def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     turns = cayley(skew) if terms is None else cayley_neumann(skew, terms)
     turns = np.broadcast_to(turns - np.eye(size), (rotated // size, size, size))
 
-    def of_embedding(start: int, stop: int) -> Array:
-        first, last = start // size, -(-stop // size)
+    def of_embedding(first: int, last: int) -> Array:
         base = weight.rows(first * size, last * size).reshape(-1, size, in_)
-        changed = np.einsum("nba,nbi->nai", turns[first:last], base, optimize=True)
-        flat: Array = changed.reshape(-1, in_)
-        return flat[start - first * size : stop - first * size]
+        changed: Array = np.einsum("nba,nbi->nai", turns[first:last], base, optimize=True)
+        return changed.reshape(-1, in_)
 
     if delta.layer.kind == "embedding":
-        return Rows(weight.shape, of_embedding)
+        return Rows(weight.shape, rows_in_groups(size, of_embedding))
 
     def rows(start: int, stop: int) -> Array:
         base = weight.rows(start, stop).reshape(stop - start, in_ // size, size)

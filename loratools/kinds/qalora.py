@@ -14,9 +14,8 @@ from loratools_formats.core.change import KindDelta
 
 def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     tensors = Tensors(delta)
-    a, b, group = tensors["a"], tensors["b"], delta.settings["group"]
-    if b.shape[1] != len(a):
-        raise tensors.wrong_shape("b", f"(out, {len(a)})")
+    a, b = tensors.pair()
+    group = delta.settings["group"]
     count, in_ = a.shape[1], weight.shape[1]
     if count * group == in_:
         a = (a * (count / group)).repeat(group, axis=1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import DeltaForm, Kind, Rows, Tensors, Weight
+from loratools.kinds.declaration import DeltaForm, Kind, Rows, Tensors, Weight, rows_in_groups
 from loratools_formats.core.change import KindDelta
 from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import UnsupportedError
@@ -48,13 +48,12 @@ def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     if len(diagonal) != weight.shape[0] or weight.shape[0] % group:
         raise tensors.wrong_shape("theta", f"groups of {group} for {weight.shape[0]} outputs")
 
-    def rows(start: int, stop: int) -> Array:
-        first, last = start // group * group, -(-stop // group) * group
-        columns = diagonal[first:last], across[first:last]
-        changed = _applied(columns, weight.rows(first, last), group)
-        return changed[start - first : stop - first]
+    def of_groups(first: int, last: int) -> Array:
+        span = slice(first * group, last * group)
+        columns = diagonal[span], across[span]
+        return _applied(columns, weight.rows(span.start, span.stop), group)
 
-    return Rows(weight.shape, rows)
+    return Rows(weight.shape, rows_in_groups(group, of_groups))
 
 
 def _bias(delta: KindDelta, _: Weight, bias: Array) -> Array:

@@ -12,6 +12,7 @@ import numpy as np
 from loratools.kinds.declaration import DeltaForm, Kind, Product, Tensors, Weight
 from loratools_formats.core.change import KindDelta
 from loratools_formats.core.dtypes import Array
+from loratools_formats.core.factors import check_magnitude
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
 
@@ -34,22 +35,13 @@ def _order(delta: KindDelta) -> Array:
 
 
 def _form(delta: KindDelta, _: Weight) -> DeltaForm:
-    tensors = Tensors(delta)
-    a, b = tensors["a"], tensors["b"]
-    if b.shape[1] != len(a):
-        raise tensors.wrong_shape("b", f"(out, {len(a)})")
+    a, b = Tensors(delta).pair()
     return Product(delta.settings["alpha"] / len(a) * b[_order(delta)], a)
 
 
 def _magnitude(delta: KindDelta, stored: TensorRef) -> TensorRef:
     order = _order(delta)
-    if stored.numel != len(order):
-        raise AdapterError(
-            "magnitude does not fit the module",
-            tensor=stored.key,
-            got=list(stored.shape),
-            expected=f"{len(order)} elements",
-        )
+    check_magnitude(stored, len(order))
     return stored.reshaped((len(order), 1)).rows(order.tolist()).reshaped((len(order),))
 
 

@@ -12,10 +12,8 @@ from loratools_formats.core.factors import scale_of
 
 
 def _form(delta: KindDelta, _: Weight) -> DeltaForm:
-    tensors, settings = Tensors(delta), delta.settings
-    a, b = tensors["a"], tensors["b"]
-    if b.shape[1] != len(a):
-        raise tensors.wrong_shape("b", f"(out, {len(a)})")
+    a, b = Tensors(delta).pair()
+    settings = delta.settings
     scale = scale_of(settings["alpha"], len(a), is_rooted=settings["variant"] == "rslora")
     return Product(scale * b, a)
 

@@ -12,6 +12,7 @@ from loratools.algebra.device import Device
 from loratools.algebra.one_matrix import Matrix
 from loratools_formats.core.change import LowRank
 from loratools_formats.core.dtypes import Array
+from loratools_formats.core.factors import NOT_FINITE
 from loratools_formats.disk.errors import AdapterError
 
 
@@ -62,7 +63,7 @@ def _check_finite(delta: LowRank, found: Sequence[Matrix]) -> None:
     if not finite:
         for tensor in (delta.a, delta.b):
             if not np.isfinite(tensor.load(np.float64)).all():
-                raise AdapterError("factor holds NaN or infinite values", tensor=tensor.key)
+                raise AdapterError(NOT_FINITE, tensor=tensor.key)
         raise AdapterError("squares of the factors overflow float64", tensor=delta.b.key)
 
 

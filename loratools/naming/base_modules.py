@@ -12,8 +12,8 @@ from loratools.naming.base_components import (
     roles_of,
 )
 from loratools.naming.lists import embedded_map
+from loratools.naming.named_modules import all_names
 from loratools.naming.places import module_key
-from loratools.naming.prefixes import all_names
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter
 

@@ -13,124 +13,24 @@ import functools
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from importlib import resources
 
+from loratools.naming.named_modules import UNKNOWN_SHAPE, NamedModules
 from loratools.naming.places import (
     Target,
-    TextPlace,
     is_located,
     located,
     module_key,
-    names_at,
-    original_spelling,
     schemes_of,
     target_scheme,
-    text_name,
 )
-from loratools.naming.tables import Place, Shape, Table, bundled_tables
-from loratools_formats.core.adapter import Adapter
-from loratools_formats.disk.errors import AdapterError, OptionError
+from loratools.naming.tables import Place, Table, bundled_tables
+from loratools_formats.disk.errors import AdapterError, OptionError, and_more
 
 _STATED = ("modelspec.architecture", "ss_base_model_version")
 _SD2 = "sd_v2"
 TABLES_KEY = "loratools.names"
 """Metadata of files of ours: the tables that their names were made by, all of which agree."""
-_UNKNOWN_SHAPE: Shape = (None, None)
-
-
-@dataclass(frozen=True)
-class NamedModules:
-    """The modules of one file, as a table must know them.
-
-    Attributes:
-        names: what each is called, with its component, by its name in the adapter.
-        shapes: of their weights, by the name in the adapter.
-        metadata: of the file.
-        source: the file, for messages.
-        base_model: the base model's name, if recorded.
-    """
-
-    names: Mapping[str, str]
-    shapes: Mapping[str, Shape]
-    metadata: Mapping[str, str]
-    source: object = None
-    base_model: str | None = None
-
-    @classmethod
-    def of(cls, adapter: Adapter, names: Mapping[str, str]) -> NamedModules:
-        """Return the modules of an adapter that have this name."""
-        return cls(names, shapes_of(adapter), adapter.metadata, adapter.source, adapter.base_model)
-
-    def place(self, name: str, table: Table) -> Place | TextPlace | None:
-        """Return where a module stands in a table, None if nowhere.
-
-        Some trainers put diffusers' component before original names: diffusion-pipe before those of
-        HunyuanVideo.
-        """
-        full, shape = self.names[name], self.shapes.get(name, _UNKNOWN_SHAPE)
-        place = located(full, table, shape)
-        original = original_spelling(full, table) if place is None else None
-        if original is None:
-            return place
-        place = located(original, table, shape)
-        if not isinstance(place, Place):
-            return place
-        component = full.partition(".")[0]
-        return replace(place, component=component if component in table.components else "")
-
-    def has_foreign_prefixes(self) -> bool:
-        """Return whether a name has diffusers' prefix before what only original namings have."""
-        return any(
-            any(self._is_foreign(name, table) for table in bundled_tables())
-            for name, full in self.names.items()
-            if not any(is_located(full, table) for table in bundled_tables())
-        )
-
-    def _is_foreign(self, name: str, table: Table) -> bool:
-        return self._is_placed(name, table) and not is_located(self.names[name], table)
-
-    def has_own_prefixes(self, table: Table) -> bool:
-        """Return whether no name has diffusers' prefix before what is original in a table."""
-        return not any(self._is_foreign(name, table) for name in self.names)
-
-    def is_in(self, table: Table) -> bool:
-        """Return whether a table has every module, and tells which it is."""
-        return all(self._is_placed(name, table) for name in self.names)
-
-    def missing(self, table: Table) -> list[str]:
-        """Return the modules that a table does not have, or has in several places."""
-        return [name for name in self.names if not self._is_placed(name, table)]
-
-    def _is_placed(self, name: str, table: Table) -> bool:
-        try:
-            return self.place(name, table) is not None
-        except OptionError:
-            return False
-
-    def places(self, table: Table) -> list[Place | TextPlace]:
-        """Return where the modules stand that a table has."""
-        found = (self.place(n, table) for n in self.names if self._is_placed(n, table))
-        return [place for place in found if place is not None]
-
-    def outcome(self, target: Target, table: Table) -> tuple[str, ...]:
-        """Return what the modules are called in a target by a table, sorted."""
-        found: list[str] = []
-        for place in self.places(table):
-            if isinstance(place, TextPlace):
-                found.append(text_name(place, target))
-            else:
-                found += names_at(place, target, table)
-        return tuple(sorted(found))
-
-
-def shapes_of(adapter: Adapter) -> dict[str, Shape]:
-    """Return the (out, in) of every weight that is no convolution of several places."""
-    return {
-        name: delta.shape
-        for name, delta in adapter.modules.items()
-        if all(n == 1 for n in delta.layer.kernel)
-    }
 
 
 def given_table(file: NamedModules, table: Table) -> Table:
@@ -322,7 +222,7 @@ def in_no_table(file: NamedModules, missing: Sequence[str]) -> AdapterError:
 
 def _lacking(file: NamedModules, table: Table, missing: list[str], where: str) -> AdapterError:
     name = missing[0]
-    shape = file.shapes.get(name, _UNKNOWN_SHAPE)
+    shape = file.shapes.get(name, UNKNOWN_SHAPE)
     if is_located(file.names[name], table) and None in shape:
         return AdapterError(
             f"several modules have this name in {where}, and the file has no shape of its "
@@ -357,13 +257,12 @@ def unresolved(
         source: the file, for the message.
         drop: the names as the adapter has them, if the file could go without.
     """
-    shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
     count = "1 module name is" if len(missing) == 1 else f"{len(missing)} module names are"
     only = f"; to go without, leave out with `drop`: {_pattern_of(drop)}" if drop else ""
     return AdapterError(
         f"{count} not in {where}",
         path=str(source) if source else None,
-        got=shown,
+        got=and_more(missing, 5),
         hint="Give a list of names with `base` or `names_from`, or a table with `names`; if only "
         "the prefix differs, `component` puts another" + only,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from loratools.naming.choice import NamedModules
+from loratools.naming.named_modules import NamedModules
 from loratools.naming.places import (
     Target,
     TextPlace,

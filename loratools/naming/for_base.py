@@ -17,8 +17,8 @@ import numpy as np
 
 from loratools.naming.base_components import DENOISER, roles_of
 from loratools.naming.base_modules import BaseModules
+from loratools.naming.named_modules import all_names
 from loratools.naming.places import module_key
-from loratools.naming.prefixes import all_names
 from loratools.naming.rename import NamingOptions, renamed
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.registry import get_format
@@ -27,7 +27,7 @@ from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.dtypes import DTYPES, encode
 from loratools_formats.core.single_file_keys import Naming
 from loratools_formats.core.tensors import TensorRef
-from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError
+from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError, and_more
 
 _WAYS: tuple[Naming, ...] = ("comfyui", "diffusers")
 _WEIGHT = ".weight"
@@ -75,11 +75,10 @@ def named_for_base(adapter: Adapter, base: Checkpoint) -> Adapter:
     if kept_whole is not None and len(missing) == len(others):
         kept_whole.path = kept_whole.path or str(adapter.source)
         raise kept_whole
-    shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
     raise AdapterError(
         f"{len(missing)} of the adapter's modules are not in the base, in any of its namings",
         path=adapter.source,
-        got=shown,
+        got=and_more(missing, 4),
         expected=f"such as {modules.example}",
         hint=_drop(missing, all_names(adapter)),
     )
@@ -119,12 +118,11 @@ def by_component(adapter: Adapter, roles: Collection[str]) -> dict[str, Adapter]
         else:
             homes.setdefault(role, set()).add(name)
     if missing:
-        shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" * (len(missing) > 4))
         raise AdapterError(
             f"{len(missing)} of the adapter's modules belong to a component that the base "
             "does not have",
             path=adapter.source,
-            got=shown,
+            got=and_more(missing, 4),
             expected=" or ".join("the denoiser" if r == DENOISER else r for r in roles),
             hint=_drop(missing, all_names(adapter)),
         )

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from loratools.naming.base_modules import BaseModules
-from loratools.naming.choice import NamedModules, chosen_tables
+from loratools.naming.choice import chosen_tables
+from loratools.naming.named_modules import NamedModules
 from loratools.naming.places import dotted_name
-from loratools.naming.prefixes import all_names
 from loratools.naming.tables import Place, Scheme, Table, filled
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.registry import get_format
@@ -53,7 +53,7 @@ def rows_in_base(adapter: Adapter, base: Checkpoint) -> dict[str, tuple[BaseRows
 
 
 def _in_other_naming(adapter: Adapter, modules: BaseModules) -> dict[str, tuple[BaseRows, ...]]:
-    file = NamedModules.of(adapter, {name: name for name in all_names(adapter)})
+    file = NamedModules.of(adapter)
     base = modules.full_names()
     found: dict[str, tuple[BaseRows, ...]] = {}
     for way, scheme in _WAYS:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from loratools.naming.choice import NamedModules, in_no_table
+from loratools.naming.choice import in_no_table
+from loratools.naming.named_modules import NamedModules
 from loratools.naming.places import Target, module_key
 from loratools.naming.tables import flattened
 from loratools_formats.core.adapter import Adapter
@@ -22,12 +23,6 @@ _FLAT_OF = {
     "text_encoder_2.": "lora_te2_",
     "text_encoder_3.": "lora_te3_",
 }
-
-
-def all_names(adapter: Adapter) -> list[str]:
-    """Return the names of all modules that are changed, by factors or otherwise."""
-    added = [addition.target.rpartition(".")[0] for addition in adapter.additions.values()]
-    return list(dict.fromkeys([*adapter.modules, *added]))
 
 
 def other_prefix(

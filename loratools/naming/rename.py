@@ -14,13 +14,13 @@ from typing import Literal
 
 from loratools.naming.choice import (
     TABLES_KEY,
-    NamedModules,
     chosen_tables,
     given_table,
     may_have_no_table,
 )
 from loratools.naming.crossing import Crossing
 from loratools.naming.lists import MAP_KEY, as_metadata, embedded_map, looked_up
+from loratools.naming.named_modules import NamedModules, all_names
 from loratools.naming.places import (
     FileSpelling,
     Target,
@@ -28,7 +28,7 @@ from loratools.naming.places import (
     module_key,
     target_scheme,
 )
-from loratools.naming.prefixes import all_names, is_of, other_prefix, without_table
+from loratools.naming.prefixes import is_of, other_prefix, without_table
 from loratools.naming.tables import Place, Table, bundled_tables
 from loratools_formats.core.adapter import Adapter, Addition, Replacement
 from loratools_formats.core.change import ModuleChange
@@ -193,7 +193,7 @@ def respelled_as(adapter: Adapter, spelling: FileSpelling, table: Table) -> Adap
         AdapterError: two modules become one, or rows do not divide.
         UnsupportedError: kinds that cannot be split or joined.
     """
-    file = NamedModules.of(adapter, {name: name for name in all_names(adapter)})
+    file = NamedModules.of(adapter)
     return _crossed(adapter, file, spelling, [table], NamingOptions()).adapter
 
 

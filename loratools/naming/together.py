@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from loratools.naming.choice import NamedModules, chosen_tables
+from loratools.naming.choice import chosen_tables
+from loratools.naming.named_modules import NamedModules
 from loratools.naming.places import FileSpelling, TextPlace, module_key
-from loratools.naming.prefixes import all_names
 from loratools.naming.rename import respelled_as
 from loratools.naming.tables import Place, Scheme, Table, bundled_tables
 from loratools_formats.core.adapter import Adapter
@@ -32,10 +32,7 @@ def in_one_spelling(adapters: Sequence[Adapter]) -> list[Adapter] | None:
         OptionError: several tables have them, and they disagree.
         UnsupportedError: kinds that cannot be split or joined.
     """
-    files = [
-        NamedModules.of(adapter, {name: name for name in all_names(adapter)})
-        for adapter in adapters
-    ]
+    files = [NamedModules.of(adapter) for adapter in adapters]
     if len({adapter.format for adapter in adapters}) == 1 and not any(
         _has_two_spellings(files, table) for table in bundled_tables()
     ):

@@ -8,25 +8,25 @@ change it was, so that a module of NaN can be taken out.
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from loratools.algebra.device import Device
-from loratools.algebra.streamed_svd import RowSource
+from loratools.algebra.row_blocks import RowSource
 from loratools.base.shape_only import ShapeOnly
 from loratools.folding.decomposed import rows_of
 from loratools.folding.module import checked_form, known_shape
 from loratools.folding.without_base import folds_alone
 from loratools.lowrank.matrices import matrices
 from loratools.work.selection import Dropping
+from loratools_formats.contract.commands import module_paths_hint
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import KindDelta, ModuleChange
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.peft_facts import without_gaps
 from loratools_formats.core.tensors import TensorRef
-from loratools_formats.disk.errors import AdapterError, LoratoolsError, OptionError
+from loratools_formats.disk.errors import AdapterError, LoratoolsError, OptionError, and_more
 
 
 def without_modules(adapters: Sequence[Adapter], dropping: Dropping) -> list[Adapter]:
@@ -49,7 +49,7 @@ def without_modules(adapters: Sequence[Adapter], dropping: Dropping) -> list[Ada
             "the pattern to drop finds no module",
             got=dropping.drop,
             expected=f"such as {names[0]}" if names else None,
-            hint=_listed(adapters[0]),
+            hint=module_paths_hint(adapters[0].source),
         )
     return [_without(adapter, dropping) for adapter in adapters]
 
@@ -66,11 +66,6 @@ def _names(adapter: Adapter) -> list[str]:
 
 def _module_of(target: str) -> str:
     return target.rpartition(".")[0] or target
-
-
-def _listed(adapter: Adapter) -> str:
-    named = shlex.quote(str(adapter.source or "ADAPTER"))
-    return f"Module paths are listed by: loratools info {named} -v"
 
 
 def _without(adapter: Adapter, dropping: Dropping) -> Adapter:
@@ -90,7 +85,7 @@ def _without(adapter: Adapter, dropping: Dropping) -> Adapter:
             "no module would be left",
             path=adapter.source,
             got=f"all {len(_names(adapter))} leave by " + _patterns(dropping),
-            hint=_listed(adapter),
+            hint=module_paths_hint(adapter.source),
         )
     kept = replace(
         adapter,
@@ -127,17 +122,13 @@ def _told(adapter: Adapter, gone: Sequence[str]) -> str:
     energies = {name: _energy(name, change) for name, change in adapter.modules.items()}
     known = {name: energy for name, energy in energies.items() if energy is not None}
     whole, lost = sum(known.values()), sum(known.get(name, 0.0) for name in gone)
-    text = f"taken out: {_several(gone)}"
+    text = f"taken out: {and_more(gone)}"
     if any(name in known for name in gone):
         text += f"; {lost / whole if whole else 0.0:.2%} of the energy ‖ΔW‖²"
     unknown = [name for name in energies if name not in known]
     if unknown:
-        text += f"; the energy of {_several(unknown)} is not known"
+        text += f"; the energy of {and_more(unknown)} is not known"
     return text
-
-
-def _several(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def _energy(name: str, change: ModuleChange) -> float | None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from loratools.base.dequantised import dequantised
 from loratools.base.placement.changes import Placement, Span
-from loratools.base.placement.class_view import class_view
+from loratools.base.placement.class_view import names_in_class
 from loratools.base.placement.names import Names
 from loratools.base.placement.orient import stack_is_transposed
 from loratools.base.placement.pieces import is_whole, pieces, put_together
@@ -26,8 +26,8 @@ from loratools_formats.contract.commands import command_on
 from loratools_formats.core.adapter import Adapter, Replacement
 from loratools_formats.core.change import Layer, ModuleChange
 from loratools_formats.core.findings import Finding
-from loratools_formats.core.peft_facts import declared, replaced_name, targets
-from loratools_formats.disk.errors import AdapterError, UnsupportedError
+from loratools_formats.core.peft_facts import nested_paths, replaced_name, targets
+from loratools_formats.disk.errors import AdapterError, UnsupportedError, and_more
 
 _SWITCH = re.compile(
     r"(?P<block>.+)\.(?:switch_mlp|experts)\.(?P<leaf>gate_proj|up_proj|down_proj|fc1|fc2)"
@@ -53,8 +53,7 @@ def in_class_names(
         AdapterError: a module fits nothing in the base, or several things.
         UnsupportedError: a change that cannot be cut or put together.
     """
-    stored = dequantised(base).checkpoint
-    names = Names(stored if as_stored else class_view(stored).checkpoint)
+    names = Names(dequantised(base).checkpoint) if as_stored else names_in_class(base)
     adapters = [with_tied_heads(names, adapter) for adapter in adapters]
     changes = [_by_weight(names, adapter, as_stored=as_stored) for adapter in adapters]
     paths = _paths({key for each in changes for key in each})
@@ -72,14 +71,14 @@ def renamed_to_class(adapter: Adapter, base: Checkpoint) -> Adapter:
     """
     if adapter.format != "peft":
         return adapter
-    names = Names(class_view(dequantised(base).checkpoint).checkpoint)
+    names = names_in_class(base)
     if not names.has_class:
         return adapter
     modules = {_name_in_class(names, m, c): c for m, c in adapter.modules.items()}
     absent = [m for m, c in adapter.modules.items() if not has_place(names, m, c)]
     if absent:
-        several = f" and {len(absent) - 1} more are" if len(absent) > 1 else " is"
-        text = f"{absent[0]}{several} not in the base, where PEFT drops such changes"
+        is_or_are = "are" if len(absent) > 1 else "is"
+        text = f"{and_more(absent)} {is_or_are} not in the base, where PEFT drops such changes"
         told = Finding("not-in-base", "warning", absent[0], text)
         adapter = replace(adapter, findings=(*adapter.findings, told))
     return _renamed(names, adapter, modules) if len(modules) == len(adapter.modules) else adapter
@@ -146,8 +145,8 @@ def _switched(names: Names, module: str, change: ModuleChange) -> list[Placement
     if key is None:
         return []
     types = set(names.types_of(key))
-    crossed = bool(stack_is_transposed(names, key))
-    total = names.shape(key)[2 if crossed else 1]
+    transposed = bool(stack_is_transposed(names, key))
+    total = names.shape(key)[2 if transposed else 1]
     if change.require_factors().shape[0] * 2 != total:
         raise AdapterError(
             "the experts do not fit the base",
@@ -159,7 +158,7 @@ def _switched(names: Names, module: str, change: ModuleChange) -> list[Placement
     outputs: tuple[Span, ...] = ((which * total // 2, (which + 1) * total // 2),)
     if types & expert_classes.ALTERNATING:
         outputs = tuple((i, i + 1) for i in range(which, total, 2))
-    return [Placement(key, module, change, transposed=crossed, outputs=outputs)]
+    return [Placement(key, module, change, transposed=transposed, outputs=outputs)]
 
 
 def _whole(
@@ -194,22 +193,22 @@ def _whole(
             + command_on(adapter, "to-lora", "--base BASE --rank RANK"),
         )
     shape = names.shape(key)
-    turned = placements[0].transposed
-    out, in_ = shape[:-3:-1] if turned else shape[-2:]
+    transposed = placements[0].transposed
+    out, in_ = shape[:-3:-1] if transposed else shape[-2:]
     stack = shape[0] if len(shape) == 3 else None
     if stack is None:
         parameters = () if key.endswith(_WEIGHT) else (key,)
-        layer = Layer("linear", parameters=parameters, transposed_if_square=turned)
+        layer = Layer("linear", parameters=parameters, transposed_if_square=transposed)
     else:
         lies = stack_is_transposed(names, key)
-        swapped = None if lies is None else lies != turned
-        layer = Layer("experts", (), (key,), transposed_if_square=turned, swapped=swapped)
+        swapped = None if lies is None else lies != transposed
+        layer = Layer("experts", (), (key,), transposed_if_square=transposed, swapped=swapped)
     parts = [piece for placement in placements for piece in pieces(placement)]
     return ModuleChange(put_together(parts, stack, (out, in_), layer))
 
 
 def _paths(keys: set[str]) -> dict[str, str]:
-    """Return PEFT's paths of weights; parameters of one module nest, the first declared inmost."""
+    """Return PEFT's paths of weights."""
     stacked: dict[str, list[str]] = {}
     paths = {}
     for key in sorted(keys):
@@ -219,8 +218,7 @@ def _paths(keys: set[str]) -> dict[str, str]:
         else:
             stacked.setdefault(parent, []).append(key)
     for parent, group in stacked.items():
-        for depth, key in enumerate(sorted(group, key=declared, reverse=True)):
-            paths[key] = parent + ".base_layer" * depth
+        paths |= nested_paths(parent, group)
     return paths
 
 

@@ -18,7 +18,12 @@ from loratools_formats.containers.safetensors_read import read_safetensors
 from loratools_formats.contract.path_kinds import missing
 from loratools_formats.disk.errors import AdapterError, LoratoolsError, MissingFileError
 from loratools_formats.disk.files import is_trouble
-from loratools_formats.disk.provenance import PROVENANCE_FILE, load_statement, sha256_of
+from loratools_formats.disk.provenance import (
+    PROVENANCE_FILE,
+    load_statement,
+    sha256_of,
+    statement_place,
+)
 
 Predicate = Mapping[str, Any]
 
@@ -115,7 +120,7 @@ def statement_of(path: Path) -> dict[str, Any]:
         raise missing(path)
     if path.name.endswith(PROVENANCE_FILE):
         return load_statement(path)
-    place = path / PROVENANCE_FILE if path.is_dir() else Path(f"{path}.{PROVENANCE_FILE}")
+    place = statement_place(path)
     if place.exists():
         return load_statement(place)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]

@@ -23,12 +23,13 @@ from loratools.lowrank.planned import PlannedFactors, for_size
 from loratools.lowrank.resize import Resizer
 from loratools.operations.reported import ratio, written_nbytes
 from loratools.work.call import kept
-from loratools.work.parallel import in_order
+from loratools.work.parallel import done_in_order, in_order
 from loratools.work.provenance import record_metadata
 from loratools.work.requests import Progress
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import LowRank, ModuleChange
-from loratools_formats.disk.errors import LoratoolsError, OptionError, UnsupportedError
+from loratools_formats.core.factors import NOT_FINITE
+from loratools_formats.disk.errors import LoratoolsError, OptionError, UnsupportedError, naming
 from loratools_formats.disk.provenance import with_record
 
 Record = Mapping[str, Any]
@@ -174,11 +175,7 @@ class Ranked(ABC, Generic[AnyOutcome, AnyMeasured]):
                 with self._named(name):
                     return self.outcome(name, ranks)
 
-            outcomes: list[AnyOutcome] = []
-            for outcome in in_order(one, self.names, self.options.threads):
-                outcomes.append(outcome)
-                if progress is not None:
-                    progress(len(outcomes), len(self.names))
+            outcomes = done_in_order(one, self.names, self.options.threads, progress)
             return Finished(tuple(self._alike(outcomes)), recorded.result())
 
     def _alike(self, outcomes: Sequence[AnyOutcome]) -> list[AnyOutcome]:
@@ -276,19 +273,14 @@ class Ranked(ABC, Generic[AnyOutcome, AnyMeasured]):
     @contextmanager
     def _named(self, name: str) -> Iterator[None]:
         """Name the module and the file in errors that do not name them."""
-        try:
-            yield
-        except LoratoolsError as error:
-            if NOT_FINITE in error.message and error.hint is None:
-                only = shlex.quote(f"^{re.escape(name)}$")
-                error.hint = f"To go on without the module, take it out with `drop`: {only}"
-            error.tensor = error.tensor or name
-            if error.path is None and self._source is not None:
-                error.path = str(self._source)
-            raise
-
-
-NOT_FINITE = "factor holds NaN or infinite values"
+        with naming(self._source, name):
+            try:
+                yield
+            except LoratoolsError as error:
+                if NOT_FINITE in error.message and error.hint is None:
+                    only = shlex.quote(f"^{re.escape(name)}$")
+                    error.hint = f"To go on without the module, take it out with `drop`: {only}"
+                raise
 
 
 def share(part: float, whole: float) -> float:

@@ -13,7 +13,6 @@ its magnitudes are kept, and the norm is taken again when the adapter is loaded.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,11 +36,11 @@ from loratools.operations.reported import ratio
 from loratools.work.provenance import InputFile, operation_record
 from loratools.work.requests import Progress
 from loratools.work.scratch import Scratch
-from loratools.work.selection import Selection
+from loratools.work.selection import Selection, require_selected
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import LowRank, ModuleChange
-from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
+from loratools_formats.disk.errors import OptionError, UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -227,16 +226,8 @@ def _selected(
     adapter: Adapter, modules: Mapping[str, ModuleChange], selection: Selection
 ) -> list[str]:
     adapter.require_true_delta("squeeze")
-    selected = [name for name in modules if name in selection]
-    if not selected:
-        named = shlex.quote(str(adapter.source or "ADAPTER"))
-        raise AdapterError(
-            "no module to squeeze",
-            path=adapter.source,
-            got=f"{len(modules)} modules in the adapter, none of them selected",
-            hint=f"Module paths are listed by: loratools info {named} -v",
-        )
-    return selected
+    require_selected(selection, modules, "squeeze", adapter.source)
+    return [name for name in modules if name in selection]
 
 
 @dataclass(frozen=True)
@@ -270,15 +261,12 @@ class _Squeeze(Ranked[_Squeezed, Measured]):
         self._moments = moments
         self.source = _folded(adapter, selection, scratch_folder)
         self.kept_whole = _kept_whole(self.source, selection)
+        every = self.source.modules.items()
+        self.whole = {name: change for name, change in every if name not in self.kept_whole}
         self._apart = {
             name: Apart(name, delta)
-            for name, change in self.source.modules.items()
-            if (delta := change.kind_delta) is not None and name not in self.kept_whole
-        }
-        self.whole = {
-            name: change
-            for name, change in self.source.modules.items()
-            if name not in self.kept_whole
+            for name, change in self.whole.items()
+            if (delta := change.kind_delta) is not None
         }
         self._like = {
             name: self._apart[name].planned()
@@ -368,8 +356,7 @@ class _Squeeze(Ranked[_Squeezed, Measured]):
         new = None
         if name not in self._apart:
             keeps = ranks is None or self.keeps_scale(name, ranks)
-            factors = whole.require_factors()
-            new = self.resizer.without_loss(factors, rank, keep_scale=keeps)
+            new = self.resizer.without_loss(whole.require_factors(), rank, keep_scale=keeps)
         unchanged = new is not None and (new.rank, new.a.dtype, new.b.dtype) == (
             like.rank,
             like.a.dtype,

@@ -26,7 +26,7 @@ from loratools.folding.without_base import folded_exactly
 from loratools.kinds.declaration import Product
 from loratools.lowrank.matrices import loaded, matrices
 from loratools.operations.in_class_names import renamed_to_class
-from loratools.work.parallel import check_workers, in_order, usable_cores
+from loratools.work.parallel import check_workers, done_in_order, usable_cores
 from loratools.work.provenance import operation_record, record_metadata
 from loratools.work.requests import Progress
 from loratools_formats.checkpoints.checkpoint import Checkpoint
@@ -37,8 +37,8 @@ from loratools_formats.core.dtypes import Array
 from loratools_formats.core.tensors import in_memory
 from loratools_formats.disk.errors import (
     AdapterError,
-    LoratoolsError,
     UnsupportedError,
+    naming,
 )
 from loratools_formats.disk.provenance import with_record
 
@@ -127,18 +127,10 @@ def to_dora(
     names, in_base = names_under(adapter, seen.checkpoint, adapter.modules), seen.names
 
     def one(name: str) -> tuple[ModuleChange, ToDoraModuleReport, _Lost]:
-        try:
+        with naming(adapter.source):
             return _one(name, adapter.modules[name], names, in_base[name])
-        except LoratoolsError as error:
-            if error.path is None and adapter.source is not None:
-                error.path = str(adapter.source)
-            raise
 
-    done = []
-    for outcome in in_order(one, adapter.modules, workers):
-        done.append(outcome)
-        if progress is not None:
-            progress(len(done), len(adapter.modules))
+    done = done_in_order(one, adapter.modules, workers, progress)
     record = operation_record("to-dora", {"adapter": adapter}, {}, base)
     result = replace(
         adapter,

@@ -47,7 +47,7 @@ from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import KindDelta, LowRank, ModuleChange
 from loratools_formats.core.dtypes import DTYPES
 from loratools_formats.core.peft_facts import refused_modules
-from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
+from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError, and_more
 
 
 @dataclass(frozen=True)
@@ -188,9 +188,8 @@ def _of_refused(adapter: Adapter, base: Checkpoint | None) -> Iterator[str]:
     layers = [name for name, each in adapter.modules.items() if not each.layer.parameters]
     refused = refused_modules(kind, layers)
     if refused:
-        more = f" and {len(refused) - 1} more" if len(refused) > 1 else ""
         yield (
-            f"PEFT refuses a LoRA of {refused[0]}{more} in a model of type {kind}; fusing puts it "
+            f"PEFT refuses a LoRA of {and_more(refused)} in a model of type {kind}; fusing puts it "
             "there"
         )
 

@@ -23,9 +23,9 @@ from loratools.operations.fuse.blocks import fused_blocks, single_precision
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.pipeline import by_folder
 from loratools.operations.fuse.plan import ADDABLE, TensorPlan, plan_fuse
-from loratools.operations.fuse.terms import View, load_terms, stacked
+from loratools.operations.fuse.terms import View, load_terms
 from loratools.work.declared import option
-from loratools.work.parallel import in_order, usable_cores
+from loratools.work.parallel import done_in_order, usable_cores
 from loratools.work.requests import Progress
 from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from loratools_formats.checkpoints.pipelines import weighted_folders
@@ -144,11 +144,7 @@ def verify(
     def judged(plan: TensorPlan) -> TensorVerdict:
         return _judged(plan, old, new)
 
-    verdicts: list[TensorVerdict] = []
-    for verdict in in_order(judged, plans.values(), workers or usable_cores()):
-        verdicts.append(verdict)
-        if progress is not None:
-            progress(len(verdicts), len(plans))
+    verdicts = done_in_order(judged, plans.values(), workers or usable_cores(), progress)
     verdicts += [
         TensorVerdict(key, "not checked", touched=False, reason="not in the base")
         for key in new.checkpoint.tensors
@@ -281,7 +277,7 @@ class _Comparison:
 
 
 def _compared(plan: TensorPlan, there: TensorRef, *, exactly: bool) -> _Comparison:
-    view = View.of(plan.source.shape, stacked=stacked(plan.changes))
+    view = View.of(plan.source.shape, plan.changes)
     terms = load_terms(plan.changes, view)
     # As `fuse` computes, so that what it wrote is found to be exact.
     single = single_precision(view, terms, there.dtype.code, base_code=plan.source.dtype.code)

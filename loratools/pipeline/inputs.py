@@ -8,7 +8,8 @@ from pathlib import Path
 
 from loratools.pipeline.recorded import RecordedFile, RecordedInput
 from loratools.work.digests_of import digest_like
-from loratools_formats.disk.errors import LoratoolsError, MissingFileError
+from loratools_formats.contract.path_kinds import missing
+from loratools_formats.disk.errors import LoratoolsError
 
 _MOST_FILES = 20_000
 _DEEPEST = 4
@@ -27,7 +28,7 @@ class Finder:
     def __init__(self, given: Sequence[Path]) -> None:
         for path in given:
             if not path.exists():
-                raise MissingFileError("no such file or folder", path=path)
+                raise missing(path)
         self._given = given
         self._digests: dict[tuple[Path, tuple[str, ...]], Mapping[str, str] | None] = {}
 

@@ -19,7 +19,7 @@ from typing import Any
 from loratools import __version__
 from loratools_formats.disk.errors import AdapterError, LoratoolsError, MissingFileError
 from loratools_formats.disk.hub_cache import cached_place
-from loratools_formats.disk.provenance import PROVENANCE_FILE, sha256_of
+from loratools_formats.disk.provenance import sha256_of, statement_place
 from loratools_formats.disk.publish import publish_file
 from loratools_formats.disk.strict_json import read_object
 
@@ -64,7 +64,7 @@ def digests(path: Path) -> dict[str, str]:
     if place is not None and place.commit is not None:
         return {"": place.reference}
     if not path.is_dir():
-        beside = [Path(f"{path}.{PROVENANCE_FILE}")]
+        beside = [statement_place(path)]
         return {"": sha256_of(path), **{p.name: sha256_of(p) for p in beside if p.is_file()}}
     found: dict[str, str] = {}
     for root, folders, names in os.walk(path):

@@ -26,7 +26,7 @@ from loratools.training.transport import carries, carry, trainer_of
 from loratools.work.selection import Selection
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import LowRank
-from loratools_formats.disk.errors import AdapterError, OptionError
+from loratools_formats.disk.errors import AdapterError
 
 _ZERO = 8 * 2.0**-24  # of the largest singular value: what float32 factors cannot tell from zero
 _SLACK = 1e-6  # of the change, besides the rounding of its type
@@ -102,8 +102,7 @@ def squeeze_model(
             over processes.
         AdapterError: NaN or infinite values, or values beyond the type.
     """
-    if not rule.is_given:
-        raise OptionError("no rule for the ranks", expected="rank, energy, budget or another rule")
+    rule.require()
     before = LiveAdapter.of(model, adapter).check()
     layers, trainer = before.layers, trainer_of(before, optimizer)
 

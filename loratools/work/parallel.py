@@ -22,6 +22,7 @@ from typing import TypeVar
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
 from loratools.work.declared import option
+from loratools.work.requests import Progress
 from loratools.work.typed import check_options
 from loratools_formats.disk.errors import OptionError
 
@@ -206,6 +207,21 @@ def in_order(
                     yield waiting.popleft().result()
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
+
+
+def done_in_order(
+    function: Callable[[Item], Result],
+    items: Collection[Item],
+    workers: int,
+    progress: Progress | None,
+) -> list[Result]:
+    """Return function(item) for each item, in order; `progress` hears of each that is done."""
+    done: list[Result] = []
+    for result in in_order(function, items, workers):
+        done.append(result)
+        if progress is not None:
+            progress(len(done), len(items))
+    return done
 
 
 def in_parts(

@@ -189,7 +189,7 @@ def _arguments(
         if isinstance(value, Adapter) and (value.provenance is not None or value.source is None):
             roles = [r for r, a in inputs.items() if a.provenance is value.provenance is not None]
             return {"made": roles[0]} if roles else {"made": None}
-        path = Path(os.path.abspath(_path_of(value)))
+        path = Path(os.path.abspath(path_of_input(value)))
         real = os.path.realpath(path)
         found = sorted(places.get((str(path), False), set()) | places.get((real, True), set()))
         if not found:
@@ -228,7 +228,8 @@ def _several(value: Any) -> list[tuple[Any, dict[str, Any]]] | None:
     return [(item, {"weight": weight}) for item, weight in pairs]
 
 
-def _path_of(value: Any) -> Any:
+def path_of_input(value: Any) -> Any:
+    """Return the path of an adapter or a checkpoint, None of one in memory; a path as it is."""
     if isinstance(value, Adapter):
         return value.source
     return value.path if isinstance(value, Checkpoint) else value

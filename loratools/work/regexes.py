@@ -15,6 +15,7 @@ import json
 import os
 import re
 import select
+import shlex
 import subprocess
 import sys
 import threading
@@ -57,7 +58,23 @@ def check_regex(pattern: str) -> None:
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
-        raise OptionError(f"not a regular expression: {error}", got=pattern) from error
+        raise OptionError(
+            f"not a regular expression: {error}", got=pattern, hint=_of_glob(pattern)
+        ) from error
+
+
+def _of_glob(pattern: str) -> str | None:
+    """Return a question for the regular expression that a pattern of a shell stands for.
+
+    >>> _of_glob("*q_proj")
+    "Did you mean '.*q_proj'?"
+    """
+    meant = pattern.replace(".", r"\.").replace("*", ".*").replace("?", ".")
+    try:
+        re.compile(meant)
+    except (re.error, RecursionError, OverflowError):
+        return None
+    return f"Did you mean {shlex.quote(meant)}?"
 
 
 @functools.lru_cache(maxsize=1 << 16)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from loratools.work.declared import option
 from loratools.work.regexes import check_regex, is_found
 from loratools.work.typed import check_options
+from loratools_formats.contract.commands import module_paths_hint
+from loratools_formats.disk.errors import AdapterError
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,36 @@ class Selection:
         """Return the patterns that were given, for an output's provenance."""
         given = {"include": self.include, "exclude": self.exclude}
         return {name: pattern for name, pattern in given.items() if pattern is not None}
+
+
+def require_selected(
+    selection: Selection, names: Iterable[str], what: str, path: Path | None
+) -> None:
+    """Refuse a selection that holds none of an adapter's modules.
+
+    Args:
+        selection: what was asked for.
+        names: of the modules.
+        what: is to be done with them, as an infinitive.
+        path: of the adapter.
+
+    Raises:
+        AdapterError: none is in it.
+    """
+    names = list(names)
+    if any(name in selection for name in names):
+        return
+    hint = module_paths_hint(path)
+    if selection.include is not None and "," in selection.include:
+        joined = shlex.quote("|".join(filter(None, re.split(r"\s*,\s*", selection.include))))
+        hint = f"Several patterns are joined by |, as in `include={joined}`. {hint}"
+    raise AdapterError(
+        f"no module to {what}",
+        path=path,
+        got=f"{len(names)} modules in the adapter, none of them selected",
+        expected=f"such as {names[0]}" if names else None,
+        hint=hint,
+    )
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import peft_models
 from peft_cases import Case
+from whole_delta import effective_delta
 
-from loratools.lowrank.dense import effective_delta
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.dtypes import Array

@@ -8,9 +8,9 @@ import numpy as np
 import peft_oracle as oracle
 import pytest
 from peft_cases import CASES
+from whole_delta import effective_delta
 
 from loratools.algebra.ranks import RankRule
-from loratools.lowrank.dense import effective_delta
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.operation import Fusion
 from loratools.operations.fuse.options import FuseOptions

@@ -4,9 +4,9 @@ import gguf
 import gguf_models
 import numpy as np
 import pytest
+from whole_delta import effective_delta
 
 from loratools.algebra.ranks import RankRule
-from loratools.lowrank.dense import effective_delta
 from loratools.operations.convert.operation import prepare, write
 from loratools.operations.merge.align import MergeInput
 from loratools.operations.merge.operation import merge

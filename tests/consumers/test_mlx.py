@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from whole_delta import effective_delta
 
 from loratools.cli import cli
-from loratools.lowrank.dense import effective_delta
 from loratools_formats import find_format, read_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -140,6 +140,36 @@ def test_mlx_loads_what_we_write(make_model, tmp_path, operation):
         delta = adapter.modules.get(name)
         expected = 0.0 if delta is None else effective_delta(name, delta, weight.shape)
         np.testing.assert_allclose(after[name] - weight, expected, atol=1e-6, err_msg=name)
+
+
+def test_doras_of_several_ranks_and_scales_get_one_for_mlx(make_model, tmp_path):
+    from mlx_lm.tuner.utils import load_adapters
+    from safetensors.numpy import save_file
+
+    random, tensors, wanted = np.random.default_rng(4), {}, {}
+    before = weights(make_model(with_experts=False))
+    for name, rank in (("layers.1.self_attn.q_proj", 2), ("layers.1.mlp.down_proj", 3)):
+        out, in_ = before[name].shape
+        a, b = random.normal(size=(rank, in_)), random.normal(size=(out, rank))
+        magnitude = 1 + random.random(out)
+        parts = {"lora_A.weight": a, "lora_B.weight": b, "lora_magnitude_vector": magnitude}
+        tensors |= {f"base_model.model.{name}.{leaf}": part for leaf, part in parts.items()}
+        whole = before[name] + 5 / rank * b @ a
+        wanted[name] = magnitude[:, None] / np.linalg.norm(whole, axis=1, keepdims=True) * whole
+    (tmp_path / "peft").mkdir()
+    single = {key: value.astype(np.float32) for key, value in tensors.items()}
+    save_file(single, tmp_path / "peft/adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA", "r": 2, "rank_pattern": {"down_proj": 3}, "lora_alpha": 5,
+        "use_dora": True, "target_modules": ["q_proj", "down_proj"],
+    }  # fmt: skip
+    (tmp_path / "peft/adapter_config.json").write_text(json.dumps(config))
+    run("convert", tmp_path / "peft", tmp_path / "out", "--to", "mlx")
+    model = make_model(with_experts=False)
+    model.freeze()
+    after = fused(load_adapters(model, str(tmp_path / "out")))
+    for name, weight in before.items():
+        np.testing.assert_allclose(after[name], wanted.get(name, weight), atol=1e-5, err_msg=name)
 
 
 def test_ranks_that_differ_are_refused_before_anything_is_written(make_model, tmp_path):

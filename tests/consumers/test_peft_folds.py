@@ -12,10 +12,10 @@ import numpy as np
 import peft_oracle as oracle
 import pytest
 from peft_kinds import CASES, Case, Net, make
+from whole_delta import effective_delta
 
 from loratools.algebra.ranks import RankRule
 from loratools.kinds import all_kinds, get_kind
-from loratools.lowrank.dense import effective_delta
 from loratools.operations.squeeze import squeeze
 from loratools.operations.to_lora import to_lora, to_lora_choices
 from loratools_formats import read_adapter, write_adapter

@@ -9,8 +9,8 @@ import peft_oracle as oracle
 import pytest
 from peft_cases import CASES, SHARED, Case, old_experts
 from peft_oracle import edit_config, stored_bytes
+from whole_delta import effective_delta
 
-from loratools.lowrank.dense import effective_delta
 from loratools_formats import read_adapter
 from loratools_formats.disk.errors import UnsupportedError
 

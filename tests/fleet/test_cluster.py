@@ -77,7 +77,7 @@ def test_a_killed_launcher_is_resumed(cluster, tmp_path):
     process = start(*given, cwd=tmp_path)
     wait_until(lambda: len(outputs(tmp_path / "out")) >= 2)
     process.kill()
-    process.communicate()
+    process.communicate(timeout=60)
     before = len(outputs(tmp_path / "out"))
     assert 2 <= before < 8
     found = fleet(*given[1:5], "--scheduler", cluster.address, *RANK, cwd=tmp_path)

@@ -9,7 +9,7 @@ import pytest
 from fleet_runs import contents, start, write_adapters, write_slow
 
 import loratools as lt
-from loratools.pipeline.fleet.store import store_of
+from loratools.pipeline.fleet.stores import store_of
 from loratools.pipeline.fleet.verbs import VERBS
 from loratools.work.shard import Shard, shard_of_environment
 from loratools_formats.disk.errors import LoratoolsError, OptionError
@@ -327,7 +327,7 @@ def test_marks_are_made_while_others_take_the_empty_folder_away(tmp_path):
             store.write(".loratools-fleet/attempts/run/other", b"")
             store.remove(".loratools-fleet/attempts/run/other")
 
-    racers = [threading.Thread(target=others) for _ in range(3)]
+    racers = [threading.Thread(target=others, daemon=True) for _ in range(3)]
     for racer in racers:
         racer.start()
     try:
@@ -337,7 +337,7 @@ def test_marks_are_made_while_others_take_the_empty_folder_away(tmp_path):
     finally:
         stopped.set()
         for racer in racers:
-            racer.join()
+            racer.join(60)
     assert not (tmp_path / ".loratools-fleet").exists()
 
 

@@ -9,7 +9,8 @@ import pytest
 from fleet_runs import contents, fleet, start, write_adapters
 
 import loratools as lt
-from loratools.pipeline.fleet.store import Remote, store_of
+from loratools.pipeline.fleet.object_store import Remote
+from loratools.pipeline.fleet.stores import store_of
 
 pytest.importorskip("s3fs")
 pytest.importorskip("moto")
@@ -276,11 +277,11 @@ def test_only_one_of_many_puts_what_must_be_new(s3):
         if store.write("one", b"%d" % number, new=True):
             won.append(number)
 
-    racers = [threading.Thread(target=put, args=(number,)) for number in range(4)]
+    racers = [threading.Thread(target=put, args=(number,), daemon=True) for number in range(4)]
     for racer in racers:
         racer.start()
     for racer in racers:
-        racer.join()
+        racer.join(60)
     assert len(won) == 1
     assert store.read("one") == b"%d" % won[0]
 

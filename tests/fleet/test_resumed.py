@@ -10,7 +10,7 @@ import pytest
 from fleet_runs import environment, wait_until, write_adapters, write_slow
 
 import loratools as lt
-from loratools.pipeline.fleet.store import store_of
+from loratools.pipeline.fleet.stores import store_of
 from loratools_formats.disk.errors import OptionError
 
 RANK = {"rank": 2}

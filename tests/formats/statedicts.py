@@ -6,9 +6,9 @@ import json
 
 import numpy as np
 from safetensors.numpy import save_file
+from whole_delta import effective_delta
 
 from loratools.algebra.ranks import RankRule
-from loratools.lowrank.dense import effective_delta
 from loratools.operations.to_lora import to_lora
 from loratools_formats import read_adapter
 from loratools_formats.checkpoints.checkpoint import read_checkpoint

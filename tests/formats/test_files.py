@@ -137,12 +137,13 @@ def test_a_fifo_with_a_writer_is_not_read(tmp_path):
             opened.set()
 
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
-    thread = threading.Thread(target=write)
+    thread = threading.Thread(target=write, daemon=True)
     thread.start()
     assert opened.wait(5)
     with pytest.raises(AdapterError, match="not a regular file"):
         RegularFile(fifo)
-    thread.join()
+    thread.join(30)
+    assert not thread.is_alive()
     os.close(reader)
 
 

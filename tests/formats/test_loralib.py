@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from whole_delta import effective_delta
 
 from loratools.algebra.ranks import RankRule
-from loratools.lowrank.dense import effective_delta
 from loratools.operations.squeeze import squeeze
 from loratools.operations.to_lora import to_lora
 from loratools_formats import find_format, read_adapter, write_adapter

@@ -12,11 +12,11 @@ import pytest
 from click.testing import CliRunner
 from safetensors.numpy import load_file
 from statedicts import close, saved
+from whole_delta import effective_delta
 
 from loratools.algebra.ranks import RankRule
 from loratools.cli import cli
 from loratools.kinds import get_kind
-from loratools.lowrank.dense import effective_delta
 from loratools.operations.to_lora import to_lora
 from loratools.work.collection import adapters_in
 from loratools_formats import find_format, get_format, read_adapter, registered_formats

@@ -696,14 +696,17 @@ def running() -> Iterator[FakeHub]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+    )
     thread.start()
     try:
         yield hub
     finally:
         server.shutdown()
         server.server_close()
-        thread.join()
+        thread.join(30)
+        assert not thread.is_alive()
 
 
 def environment(server, home, token=TOKEN):

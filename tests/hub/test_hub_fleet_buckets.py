@@ -11,7 +11,7 @@ import pytest
 from hub_server import LORA, RSLORA, lfs_oid
 
 import loratools as lt
-from loratools.pipeline.fleet.store import store_of
+from loratools.pipeline.fleet.stores import store_of
 from loratools.pipeline.fleet.task import _store
 
 pytest.importorskip("fsspec")

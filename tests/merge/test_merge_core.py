@@ -28,7 +28,7 @@ from merge_definitions import (
     without_outliers,
 )
 
-from loratools.algebra import streamed_svd
+from loratools.algebra import row_blocks
 from loratools.algebra.ranks import RankRule
 from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.merge.space import shared_space
@@ -313,7 +313,7 @@ def test_results_do_not_depend_on_the_blocks(
 ):
     pairs = triple(tmp_path)
     _, whole = run(tmp_path / "whole", pairs, method, parameters=parameters, space=space)
-    monkeypatch.setattr(streamed_svd, "_BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(row_blocks, "_BLOCK_ELEMENTS", block)
     _, got = run(tmp_path / "out", pairs, method, parameters=parameters, space=space)
     for name, delta in whole.items():
         assert distance(got[name], delta) <= 1e-9

@@ -35,7 +35,7 @@ from merge_definitions import (
 from merge_others import masks_given, mergekit, peft
 from rounding import assert_equal_products
 
-from loratools.algebra import streamed_svd
+from loratools.algebra import row_blocks
 from loratools.algebra.ranks import RankRule
 from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.merge import elementwise, selection, tasks
@@ -161,7 +161,7 @@ def test_places_in_rows_are_those_of_a_stable_sort():
 def test_thresholds_are_those_of_numpy_and_torch_bit_for_bit(monkeypatch, shape, block):
     import torch
 
-    monkeypatch.setattr(streamed_svd, "_BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(row_blocks, "_BLOCK_ELEMENTS", block)
     rng = np.random.default_rng(shape[0])
     b, a = rng.standard_normal((shape[0], 3)) * 1e-4, rng.standard_normal((3, shape[1]))
     work = Tasks([FactorRows(b, a), ZeroRows(shape[1])], shape, 0, "")
@@ -309,7 +309,7 @@ def test_results_do_not_depend_on_the_blocks(monkeypatch, method, block):
     x = entries()
     whole = merged(method, x, [1.0] * 3, **METHODS[method])
     numbers = uniform(x)
-    monkeypatch.setattr(streamed_svd, "_BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(row_blocks, "_BLOCK_ELEMENTS", block)
     assert len(list(as_tasks(x).spans())) > 1
     got = merged(method, x, [1.0] * 3, **METHODS[method])
     if METHODS[method].get("flavor") == "mergekit" or method == "sce":
@@ -613,7 +613,7 @@ def test_paper_flavor_trims_over_all_modules_where_an_override_asks_for_it(tmp_p
 
 @pytest.mark.parametrize("block", [30, 1 << 19])
 def test_paper_flavor_does_not_depend_on_the_blocks(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(streamed_svd, "_BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(row_blocks, "_BLOCK_ELEMENTS", block)
     pairs = triple(tmp_path)
     parameters = {"density": 0.2, "flavor": "paper"}
     _, got = run(tmp_path / "out", pairs, "ties", parameters=parameters, rule=FULL)

@@ -191,8 +191,9 @@ def test_weight_zero_counts_for_nothing(tmp_path):
     ((first, _), (second, _)) = pair(tmp_path)
     _, got = run(tmp_path / "out", [(first, 1.0), (second, 0.0)])
     assert total_distance(got, true_deltas(first)) <= 1e-6
-    with pytest.raises(OptionError, match="nothing would be left"):
-        run(tmp_path / "zero", [(first, 0.0)])
+    for name in ("linear", "Linear", "CAT"):  # names are found in capitals, too
+        with pytest.raises(OptionError, match="nothing would be left"):
+            run(tmp_path / "zero", [(first, 0.0)], method=name)
 
 
 def test_modules_of_weight_zero_are_left_out(tmp_path):

@@ -81,7 +81,7 @@ def test_kill(moment, overwrite, work, start, tmp_path):
 
     def finish(value):
         process = start(value)
-        assert process.communicate() == (None, b"")
+        assert process.communicate(timeout=300) == (None, b"")
         assert process.returncode == 0
         return content(out)
 
@@ -102,7 +102,7 @@ def test_kill(moment, overwrite, work, start, tmp_path):
             wait_for_temporary(process, tmp_path)
             time.sleep(draw.uniform(0, 0.03))
         os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        process.communicate(timeout=60)
         left = temporaries(tmp_path)
         assert content(out) in (old if overwrite else None, new)
         assert set(os.listdir(tmp_path)) <= {"out", *left}

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,9 @@ def _killed(path, line, *, overwrite):
     """Make an output in a child that kills itself before a line; return whether it came so far."""
     child = os.fork()
     if child:
-        return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        status = os.waitpid(child, 0)[1]
+        assert os.WIFSIGNALED(status) or status == 0
+        return os.WIFSIGNALED(status)
     count = 0
 
     def trace(frame, event, _):
@@ -42,9 +45,13 @@ def _killed(path, line, *, overwrite):
             os.kill(os.getpid(), signal.SIGKILL)
         return trace
 
-    sys.settrace(trace)
-    _make(path, "new", overwrite=overwrite)
-    os._exit(0)
+    try:
+        sys.settrace(trace)
+        _make(path, "new", overwrite=overwrite)
+        os._exit(0)
+    except BaseException:  # noqa: BLE001 - a child must not go on as its parent
+        traceback.print_exc()
+        os._exit(1)
 
 
 def _pair(folder):
@@ -75,14 +82,9 @@ BEFORE = {
 @pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.parametrize("before", BEFORE)
 def test_an_output_never_lies_beside_the_statement_of_another(tmp_path, before, system):
-    """In a process of its own, since a fork of a large one takes long."""
-    done = subprocess.run(
-        [sys.executable, __file__, tmp_path, before, system],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    running = _started("kill", tmp_path, before, system)
+    _, told = running.communicate()
+    assert running.returncode == 0, told
 
 
 def _killed_before_each_line(place, before, system):
@@ -117,19 +119,28 @@ def _killed_before_each_line(place, before, system):
     assert seen == {BEFORE[before], NEW}
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
+def _started(*arguments):
+    """Start this file as a process, since a fork of a large one takes long, and may live on."""
+    return subprocess.Popen(
+        [sys.executable, __file__, *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 def test_two_that_publish_at_once_leave_one_pair(tmp_path):
-    children = []
-    for content in ("old", "new"):
-        child = os.fork()
-        if not child:
-            for _ in range(40):
-                _make(tmp_path / NAMES[0], content, overwrite=True)
-            os._exit(0)
-        children.append(child)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    running = [_started("make", tmp_path / NAMES[0], content) for content in ("old", "new")]
+    for one in running:
+        _, told = one.communicate()
+        assert one.returncode == 0, told
     assert _pair(tmp_path) in (OLD, NEW)
     assert set(os.listdir(tmp_path)) == set(NAMES)
+
+
+def _many_times(path, content):
+    for _ in range(100):
+        _make(path, content, overwrite=True)
 
 
 def test_what_belongs_to_an_output_elsewhere_is_only_removed(tmp_path):
@@ -148,4 +159,5 @@ def test_what_belongs_to_an_output_elsewhere_is_only_removed(tmp_path):
 
 
 if __name__ == "__main__":
-    _killed_before_each_line(Path(sys.argv[1]), *sys.argv[2:])
+    does = {"kill": _killed_before_each_line, "make": _many_times}[sys.argv[1]]
+    does(Path(sys.argv[2]), *sys.argv[3:])

@@ -48,7 +48,7 @@ def test_a_signal_leaves_nothing_behind(tmp_path, name):
     while process.poll() is None and not os.listdir(tmp_path / "out"):
         time.sleep(0.002)
     process.send_signal(getattr(signal, name))
-    _, errors = process.communicate()
+    _, errors = process.communicate(timeout=300)
     left = os.listdir(tmp_path / "out")
     number = getattr(signal, name)
     if process.returncode != 0:  # else it was done before
@@ -89,7 +89,7 @@ def test_a_signal_that_the_shell_ignores_stays_ignored(tmp_path):
         "signals.stop_on_signals()\n"
         "os.kill(os.getpid(), signal.SIGHUP); print('alive')"
     )
-    assert run(code=code).communicate()[0] == "alive\n"
+    assert run(code=code).communicate(timeout=60)[0] == "alive\n"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
@@ -111,7 +111,7 @@ def test_a_signal_that_meets_a_destructor_stops_the_run_all_the_same(name):
         "except KeyboardInterrupt:\n"
         "    print('stopped')\n"
     )
-    told, errors = run(code=code).communicate()
+    told, errors = run(code=code).communicate(timeout=60)
     assert (told, errors) == ("stopped\n", "")
 
 
@@ -196,7 +196,7 @@ def test_a_system_without_positioned_writes_gives_the_same_bytes(tmp_path, verb)
     found = []
     for name, code in (("with", "from loratools.cli import main; main()"), ("without", WITHOUT)):
         process = run(verb, *given, "-o", tmp_path / name, "-q", code=code)
-        _, errors = process.communicate()
+        _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
         (file,) = (tmp_path / name).glob("*.safetensors")
         found.append(load_file(file))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -74,6 +75,33 @@ def test_doras_of_inputs_are_a_loss_to_diffusers(tmp_path, lost):
     assert not target.exists()
     run(*command, "--allow-lossy")
     assert list(deltas(target)) == ["transformer.transformer_blocks.0.attn.to_out.0"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "target"),
+    [("loha", "peft"), ("loha", "mlx"), ("tucker", "peft"), ("full", "peft"), ("full", "mlx")],
+)
+def test_the_hint_for_kinds_without_factors_leads_on(tmp_path, kind, target):
+    file, name = DialectFile("kohya", {"kohya"}, seed=5), "lora_unet_double_blocks_0_img_attn_proj"
+    if kind == "loha":
+        for end, shape in zip("abab", ((16, 2), (2, 16), (16, 2), (2, 16)), strict=True):
+            number = 1 + (f"{name}.hada_w1_b" in file.tensors)
+            file.tensors[f"{name}.hada_w{number}_{end}"] = file.draw(*shape)
+    elif kind == "tucker":
+        for end, shape in (("down", (2, 16, 1, 1)), ("mid", (2, 2, 3, 3)), ("up", (16, 2, 1, 1))):
+            file.tensors[f"{name}.lora_{end}.weight"] = file.draw(*shape)
+    else:
+        file.tensors[f"{name}.diff"] = file.draw(16, 16)
+    source, output = save(file, tmp_path / "in.safetensors"), tmp_path / "out"
+    told = refusal("convert", source, output, "--to", target, "--names", "flux1")
+    assert f"a change of kind {kind} is not converted to {target}" in told
+    _, _, hint = told.partition("loratools ")
+    words = shlex.split(hint.replace("RANK", "16"))
+    words[-1] = str(tmp_path / words[-1])
+    run(*words)
+    run("convert", words[-1], output, "--to", target, "--names", "flux1")
+    (found,), (wanted,) = deltas(output).values(), deltas(source).values()
+    np.testing.assert_allclose(found, wanted, atol=1e-6 * np.abs(wanted).max())
 
 
 def test_an_adapter_loses_nothing_to_its_own_format(tmp_path):

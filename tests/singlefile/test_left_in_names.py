@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import loratools as lt
-from loratools.naming.choice import NamedModules
+from loratools.naming.named_modules import NamedModules
 from loratools_formats.formats.singlefile.left_in_names import cleaned
 
 PATH = "blocks.3.self_attn.q"

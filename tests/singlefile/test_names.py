@@ -13,10 +13,10 @@ from test_dialects import tensors_of
 from test_resolution import deltas, refusal, run
 
 from loratools.naming.choice import (
-    NamedModules,
     architectures_without_a_table,
     chosen_tables,
 )
+from loratools.naming.named_modules import NamedModules
 from loratools.naming.tables import bundled_tables, filled, find_table, flattened
 from loratools_formats.disk.errors import OptionError
 

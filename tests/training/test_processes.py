@@ -1,5 +1,8 @@
 """`SqueezeCallback` in two processes that train copies of a model, as torchrun starts them."""
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,16 +12,39 @@ import torch
 from train_in_processes import train
 
 HERE = Path(__file__).parent
+MOST_SECONDS = 300
+
+
+def finished(command, log):
+    """Run a command; returns its exit code, and what it and its children printed.
+
+    Children that stay would keep pipes open for ever: all print into a file. torchrun ends its own
+    on SIGTERM, which lead sessions of their own.
+    """
+    with log.open("wb") as printed:
+        process = subprocess.Popen(
+            command, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        code = process.wait(MOST_SECONDS)
+    except subprocess.TimeoutExpired:
+        code = f"still running after {MOST_SECONDS} seconds"
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return code, log.read_text(errors="replace")
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script = str(HERE / "train_in_processes.py")
-    done = subprocess.run(
-        [*command, script, str(tmp_path), "rules"], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    code, printed = finished([*command, script, str(tmp_path), "rules"], tmp_path / "printed")
+    assert code == 0, printed
     first, second = (torch.load(tmp_path / f"process-{rank}.pt") for rank in (0, 1))
     alone = train(tmp_path / "alone", "rules")
     assert first.keys() == second.keys() == alone.keys()

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from loratools_formats.checkpoints.siblings import sibling
+from loratools_formats.checkpoints.siblings import missing_part, sibling
 from loratools_formats.core.dtypes import DTYPES, DType
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk import strict_json
@@ -155,9 +155,7 @@ def _weight(
             values.nested_dtype,
         )
     elif values.is_nested:
-        raise AdapterError(
-            "a tensor of a quantised weight is missing", tensor=f"{name}.nested_absmax"
-        )
+        raise missing_part(f"{name}.nested_absmax")
     scale_types = ("F32",) if nested is None else ("U8",)
     return QuantizedWeight(
         name,

@@ -28,7 +28,7 @@ def sibling(
         AdapterError: it is missing, or has another type or shape.
     """
     if key not in tensors:
-        raise AdapterError("a tensor of a quantised weight is missing", tensor=key)
+        raise missing_part(key)
     found = tensors[key]
     if found.dtype.code not in codes:
         raise AdapterError(
@@ -41,6 +41,11 @@ def sibling(
     if shape is not None and found.shape != shape:
         raise wrong_shape(found, list(shape), hint)
     return found
+
+
+def missing_part(key: str) -> AdapterError:
+    """Return the error that a tensor of a weight is not there."""
+    return AdapterError("a tensor of a quantised weight is missing", tensor=key)
 
 
 def wrong_shape(tensor: TensorRef, expected: object, hint: str | None = None) -> AdapterError:

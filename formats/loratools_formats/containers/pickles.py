@@ -20,6 +20,7 @@ from loratools_formats.containers.safetensors_read import (
     SafetensorsFile,
     check_name,
 )
+from loratools_formats.containers.torch_globals import SAVE_AGAIN
 from loratools_formats.containers.torch_states import ARCHIVE_START, PICKLE_START
 from loratools_formats.core.dtypes import DTYPES, DType
 from loratools_formats.core.tensors import Buffer, TensorRef, in_file
@@ -31,7 +32,6 @@ _MEMORY_BYTES = 1 << 30
 _CPU_SECONDS = 30
 _TIMEOUT_SECONDS = 120.0  # of the clock, on a busy machine
 _TAR_MAGIC, _TAR_MAGIC_AT = b"ustar", 257
-_SAVE_AGAIN = "Load them with torch where you trust them, and save the tensors as safetensors"
 
 
 def read_bin(path: Path, part: tuple[int, int] | None = None) -> SafetensorsFile:
@@ -63,7 +63,7 @@ def _check_start(file: RegularFile, begin: int, nbytes: int) -> None:
         raise AdapterError(
             "is a tar archive, as torch saved before 2017, or not pickled weights",
             path=file.path,
-            hint=_SAVE_AGAIN,
+            hint=SAVE_AGAIN,
         )
     refuse_other_file(start, nbytes, file.path)
     if not start.startswith((ARCHIVE_START, PICKLE_START)):
@@ -94,7 +94,7 @@ def _found(file: RegularFile, begin: int, nbytes: int) -> list[list[Any]]:
             "pickled weights could not be read within the limits of memory and time",
             path=file.path,
             got=_failure(child),
-            hint=_SAVE_AGAIN,
+            hint=SAVE_AGAIN,
         )
     if "error" in told:
         fields: dict[str, Any] = told["error"]

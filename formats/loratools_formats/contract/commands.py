@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 from loratools_formats.contract.registry import registered_formats
 from loratools_formats.core.adapter import Adapter
@@ -40,6 +41,16 @@ def command_on(adapter: Adapter | None, verb: str, *options: str, output: str = 
             usual = written.suffixes if target != adapter.format else ()
             suffix = next(iter((*of_source, *usual)), "")
     return " ".join(["loratools", verb, shlex.quote(source), *options, "-o", output + suffix])
+
+
+def module_paths_hint(source: Path | None) -> str:
+    """Return the next step where module paths are asked for that an adapter does not have.
+
+    Args:
+        source: the adapter's path, if it has one.
+    """
+    named = shlex.quote(str(source or "ADAPTER"))
+    return f"Module paths are listed by: loratools info {named} -v"
 
 
 _COMMAND = re.compile(r"(?P<start>loratools (?P<verb>[a-z-]+) .*?)(?P<output> -o \S+)$")

@@ -69,6 +69,10 @@ def check_target(
     if not target.parent.is_dir():
         raise OutputError("the folder to write into does not exist", path=target.parent)
     reals = [Path(os.path.realpath(source)) for source in sources]
+    if os.path.lexists(target) and not (target.is_file() or target.is_dir()):
+        raise OutputExistsError(
+            "exists, and is neither a file nor a folder", path=path, hint="Choose another output"
+        )
     if os.path.lexists(path) and not overwrite and (target in reals or not is_vacant(path)):
         raise OutputExistsError(
             "output exists", path=path, hint="Pass `overwrite=True` to replace it"

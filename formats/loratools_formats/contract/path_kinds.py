@@ -32,6 +32,7 @@ from loratools_formats.disk.strict_json import read_object
 
 _HUB_ID = re.compile(r"(?:hf:/{1,2}|https?:/{1,2}huggingface\.co/)?([\w-][\w.-]*/[\w-][\w.-]*)/?")
 _ADDRESS = re.compile(r"(https?:)/+")
+_FILE_ADDRESS = re.compile(r"file:/+")
 _WEIGHTED = re.compile(r"(.+?)[=*@,](-?(?:\d+\.?\d*|\.\d+))")
 _OF_FILES = (*WEIGHT_ENDINGS, ".json")
 _OTHER_WEIGHTS = {
@@ -69,6 +70,13 @@ def missing(path: str | os.PathLike[str]) -> MissingFileError:
             path=_ADDRESS.sub(r"\1//", text),  # of which a path keeps one slash
             hint="Download the file, and name it",
         )
+    if text == "-":
+        return MissingFileError(
+            "adapters and models are not read from stdin", path=path, hint=NAME_ANOTHER
+        )
+    meant = _spelled_for_here(text)
+    if meant is not None:
+        return MissingFileError("no such file or folder", path=path, hint=f"Did you mean {meant}?")
     weighted = _WEIGHTED.fullmatch(text)
     if weighted is not None and os.path.exists(weighted[1]):
         return MissingFileError(
@@ -89,6 +97,18 @@ def missing(path: str | os.PathLike[str]) -> MissingFileError:
         path=path,
         hint=f"If it is on the Hugging Face Hub: hf download {name} --local-dir {local}",
     )
+
+
+def _spelled_for_here(text: str) -> str | None:
+    """Return a path that exists, quoted for a shell, of one spelled for another place.
+
+    That is `~` where no shell expands it, an address of a file, or the separators of Windows.
+    """
+    plain = _FILE_ADDRESS.sub("/", text)
+    for meant in (os.path.expanduser(plain), plain, plain.replace("\\", "/")):
+        if meant != text and os.path.lexists(meant):
+            return shlex.quote(meant)
+    return None
 
 
 def nearly_as_typed(text: str) -> str | None:

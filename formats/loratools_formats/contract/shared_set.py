@@ -26,6 +26,7 @@ from loratools_formats.core.adapter import Adapter, Replacement
 from loratools_formats.core.change import Layer
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef
+from loratools_formats.disk.errors import and_more
 
 FORMAT = "shared-set"
 METADATA_KEY = "shared_set"
@@ -197,13 +198,12 @@ def _of_group(members: Sequence[Member], group: int) -> tuple[int, ...]:
 def findings_of(shared: SharedSet, adapter: Adapter) -> tuple[Finding, ...]:
     """Return what a user should know of a set: what is in it, and how to get it out again."""
     names = [member.name for member in shared.members]
-    listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     what = "is a shared set of " + (f"{len(names)} adapters" if len(names) != 1 else "one adapter")
     hint = "Take one out: " + command_on(adapter, "fleet unshare", names[0], output=names[0])
     ranks = sorted({p.rank for m in shared.modules.values() for p in m.parts.values()})
     spread = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
     groups = f"{shared.groups} groups" if shared.groups > 1 else "one group"
-    message = f"bases of rank {spread} in {groups} hold {listed}"
+    message = f"bases of rank {spread} in {groups} hold {and_more(names, 5)}"
     return (
         Finding("shared-set", "error", None, what, hint),
         Finding("shared-members", "note", None, message),

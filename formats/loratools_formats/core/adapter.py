@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from loratools_formats.core.change import ModuleChange
+from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.summary import adapter_line, adapter_table
 from loratools_formats.core.tensors import TensorRef
@@ -153,6 +153,11 @@ class Adapter:
         for replacement in self.replacements.values():
             yield replacement.tensor
         yield from self.carried.values()
+
+    def factors(self) -> dict[str, LowRank]:
+        """Return the factors of the modules that have some, by module path."""
+        found = {name: change.factors for name, change in self.modules.items()}
+        return {name: factors for name, factors in found.items() if factors is not None}
 
     @property
     def caveats(self) -> tuple[Finding, ...]:

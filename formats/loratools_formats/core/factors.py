@@ -48,6 +48,26 @@ def check_factor(tensor: TensorRef, path: Path) -> None:
         )
 
 
+NOT_FINITE = "factor holds NaN or infinite values"
+"""What errors say of it, by which a run tells how to go on without the module."""
+
+
+def check_magnitude(magnitude: TensorRef, outputs: int, path: Path | None = None) -> None:
+    """Refuse a DoRA's magnitude that has not one number for each output.
+
+    Raises:
+        AdapterError: it has more or fewer.
+    """
+    if magnitude.numel != outputs:
+        raise AdapterError(
+            "magnitude does not fit the module",
+            path=path,
+            tensor=magnitude.key,
+            got=list(magnitude.shape),
+            expected=f"{outputs} elements",
+        )
+
+
 def flattened_convolution(
     a: TensorRef, b: TensorRef, path: Path
 ) -> tuple[TensorRef, TensorRef, Layer]:

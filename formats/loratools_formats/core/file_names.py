@@ -24,6 +24,8 @@ WRITTEN_ENDINGS = (".safetensors", ".gguf")
 WEIGHT_ENDINGS = (*WRITTEN_ENDINGS, *PICKLE_ENDINGS, ".nemo")
 """Endings of all weights that are read here."""
 
+CARD = "README.md"
+"""What the Hub shows of a repository."""
 TRAINING_STATE = re.compile(
     r"(?:optimizer|scheduler|scaler|rng_state.*|training_args)\.(?:pt|pth|bin)"
     r"|.*_(?:optim|model)_states\.pt"

@@ -69,11 +69,12 @@ def replaced_name(target: str, modules: Container[str]) -> str:
     'base_model.model.q.base_layer.bias'
     """
     module, _, leaf = target.rpartition(".")
-    wrapped = f"{module}.base_layer" if module in modules else module
+    wrapped = f"{module}{NESTED}" if module in modules else module
     return f"{PREFIX}{wrapped}.{leaf}"
 
 
-_NESTED = ".base_layer"
+NESTED = ".base_layer"
+"""What PEFT puts behind a module's path for each further parameter of it that is adapted."""
 
 
 def without_gaps(modules: Mapping[str, ModuleChange]) -> dict[str, ModuleChange]:
@@ -87,7 +88,7 @@ def without_gaps(modules: Mapping[str, ModuleChange]) -> dict[str, ModuleChange]
         if change.layer.parameters:
             depths.setdefault(owner(path), []).append(path)
     moved = {
-        path: module + _NESTED * depth
+        path: module + NESTED * depth
         for module, paths in depths.items()
         for depth, path in enumerate(sorted(paths, key=len))
     }
@@ -100,8 +101,8 @@ def owner(path: str) -> str:
     >>> owner("layers.0.mlp.experts.base_layer")
     'layers.0.mlp.experts'
     """
-    while path.endswith(_NESTED):
-        path = path.removesuffix(_NESTED)
+    while path.endswith(NESTED):
+        path = path.removesuffix(NESTED)
     return path
 
 
@@ -200,3 +201,13 @@ def declared(parameter: str) -> int:
     """
     leaf = parameter.rpartition(".")[2]
     return DECLARED.index(leaf) if leaf in DECLARED else len(DECLARED)
+
+
+def nested_paths(module: str, parameters: Iterable[str]) -> dict[str, str]:
+    """Return the paths of a module's adapted parameters in PEFT, the one declared first innermost.
+
+    >>> nested_paths("mlp.experts", ["gate_up_proj", "down_proj"])
+    {'down_proj': 'mlp.experts', 'gate_up_proj': 'mlp.experts.base_layer'}
+    """
+    outermost_first = sorted(parameters, key=declared, reverse=True)
+    return {name: module + NESTED * depth for depth, name in enumerate(outermost_first)}

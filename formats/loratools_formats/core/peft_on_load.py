@@ -15,6 +15,7 @@ from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.expert_names import LISTED, OF_MIXTRAL, SINGLE
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.peft_facts import stacked_on_loading
+from loratools_formats.disk.errors import and_more
 
 _NOT_CONVERTED = frozenset(
     {
@@ -84,9 +85,8 @@ def lost_on_load(
         if name not in single and name.rpartition(".")[2] in leaves | projections
     ]
     if others:
-        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         text = (
-            f"PEFT drops {others[0]}{more}: it takes the names of the experts' projections out of "
+            f"PEFT drops {and_more(others)}: it takes the names of the experts' projections out of "
             "target_modules when it stacks them"
         )
         yield text, others[0]

@@ -29,14 +29,14 @@ def check_beside(
         place = Path(f"{os.fspath(path)}.{name}")
         try:
             status = os.lstat(place)
-        except FileNotFoundError:
+            ours = stat.S_ISREG(status.st_mode) and _holds(place, status.st_size, mark)
+        except FileNotFoundError:  # or it is gone by now, which another run took away
             continue
         except (OSError, ValueError) as error:
             raise OutputError(
                 f"a file beside the output cannot be written: {getattr(error, 'strerror', error)}",
                 path=place,
             ) from error
-        ours = stat.S_ISREG(status.st_mode) and _holds(place, status.st_size, mark)
         if not ours or (os.path.lexists(path) and not overwrite):
             raise OutputExistsError(
                 f"a file that belongs beside the output exists{'' if ours else ' and is not ours'}",
@@ -46,8 +46,15 @@ def check_beside(
 
 
 def _holds(path: Path, nbytes: int, mark: bytes) -> bool:
+    """Return whether a file that can be read holds a mark.
+
+    Raises:
+        FileNotFoundError: it is gone.
+    """
     try:
         return nbytes <= _LARGEST_BYTES and mark in path.read_bytes()
+    except FileNotFoundError:
+        raise
     except OSError:
         return False
 
@@ -134,15 +141,17 @@ class Beside:
 def end_beside(files: Sequence[Beside], *, published: bool) -> None:
     """Put files beside an output in their places, or leave there what lay there before.
 
+    What cannot be put there keeps its temporary name, which tells the next run what to do.
+
     Args:
         files: the files.
         published: whether the output has got its name.
     """
     for one in files:
         with contextlib.suppress(OSError, LoratoolsError):
-            if published:
+            if published and os.path.lexists(one.temporary):
                 one.put()
-            elif os.path.lexists(one.aside):
+            elif not published and os.path.lexists(one.aside):
                 rename_new(one.aside, one.place)
             for leftover in (one.temporary, one.aside):
                 if os.path.lexists(leftover):

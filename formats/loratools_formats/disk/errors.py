@@ -8,7 +8,9 @@ into a name.
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 
@@ -25,6 +27,16 @@ def printable(text: object, limit: int = 200) -> str:
         c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode("ascii")
         for c in value
     )
+
+
+def and_more(names: Sequence[str], most: int = 1) -> str:
+    """Return the first of some names, and how many more there are.
+
+    >>> and_more(["q", "k", "v"]), and_more(["q", "k", "v"], 2), and_more(["q"])
+    ('q and 2 more', 'q, k and 1 more', 'q')
+    """
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _text(value: object) -> str:
@@ -70,6 +82,14 @@ class LoratoolsError(Exception):
         self.expected = expected
         self.hint = hint
 
+    @property
+    def brief(self) -> str:
+        """What is wrong, found and expected, without the place and the next step."""
+        parts = [self.message]
+        parts += [f"got {self.got}"] if self.got is not None else []
+        parts += [f"expected {self.expected}"] if self.expected is not None else []
+        return "; ".join(parts)
+
     def __str__(self) -> str:
         parts = [printable(self.message, 1000)]
         if self.tensor is not None:
@@ -84,6 +104,17 @@ class LoratoolsError(Exception):
         if self.hint is not None:
             text = f"{text}. {printable(self.hint, 1000)}"
         return text
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str] | None = None, tensor: str | None = None) -> Iterator[None]:
+    """Name a file and a tensor in the errors of a block that name none."""
+    try:
+        yield
+    except LoratoolsError as error:
+        error.path = error.path or (None if path is None else os.fspath(path))
+        error.tensor = error.tensor or tensor
+        raise
 
 
 class AdapterError(LoratoolsError, ValueError):

@@ -137,10 +137,20 @@ def _near(path: str, home: Path) -> str | None:
     return Path(os.path.relpath(real, home)).as_posix()
 
 
+def statement_place(output: Path) -> Path:
+    """Return where the statement about an output lies: in a folder, or beside a file."""
+    return output / PROVENANCE_FILE if output.is_dir() else Path(beside_name(str(output)))
+
+
+def beside_name(output: str) -> str:
+    """Return the name of the statement about an output that is one file."""
+    return f"{output}.{PROVENANCE_FILE}"
+
+
 def statement_beside(file: Path) -> tuple[Path, ...]:
     """Return where the statement about a file may lie: beside it, in its folder, or above that."""
     folders = (file.parent, file.parent.parent)
-    return Path(f"{os.fspath(file)}.{PROVENANCE_FILE}"), *(f / PROVENANCE_FILE for f in folders)
+    return Path(beside_name(os.fspath(file))), *(f / PROVENANCE_FILE for f in folders)
 
 
 def load_statement(path: Path) -> dict[str, Any]:

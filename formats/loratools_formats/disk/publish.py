@@ -84,7 +84,7 @@ def publish_with(
     flushed_later = is_temporary(target.parent)
     contents = {name: bytearray() for name in beside}
     placed: list[Beside] = []
-    with _os_errors_named(path):
+    with _os_errors_named(path), contextlib.ExitStack() as until_the_end:
         try:
             mode = _mode_of_new_file(temporary) if old_mode is None else old_mode
             yield temporary, contents
@@ -97,15 +97,13 @@ def publish_with(
             for one in placed:
                 one.write()
             if placed:
-                with locked(target.parent):
-                    _refuse_appeared(path, target, beside, overwrite)
-                    for one in placed:
-                        one.withdraw()
-                    _take_name(temporary, target, path, overwrite)
-                    for one in placed:
-                        one.put()
-            else:
-                _take_name(temporary, target, path, overwrite)
+                until_the_end.enter_context(locked(target.parent))
+                _refuse_appeared(path, target, beside, overwrite)
+            for one in placed:
+                one.withdraw()
+            _take_name(temporary, target, path, overwrite)
+            for one in placed:
+                one.put()
             end_beside(placed, published=True)
         except BaseException:
             end_beside(placed, published=has_become(temporary, target))

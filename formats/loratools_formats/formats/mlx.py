@@ -92,6 +92,7 @@ def _config(file: RegularFile) -> dict[str, Any]:
 
 def _delta(path: str, parts: Mapping[str, TensorRef], scale: float, is_dora: bool) -> ModuleChange:
     from loratools_formats.core.change import ModuleChange
+    from loratools_formats.core.factors import check_magnitude
     from loratools_formats.disk.errors import AdapterError
 
     if "lora_a" not in parts or "lora_b" not in parts or ("m" in parts) != is_dora:
@@ -104,13 +105,7 @@ def _delta(path: str, parts: Mapping[str, TensorRef], scale: float, is_dora: boo
     direction = _factors(path, parts["lora_a"], parts["lora_b"], scale)
     if not is_dora:
         return ModuleChange(direction)
-    if parts["m"].numel != direction.shape[0]:
-        raise AdapterError(
-            "magnitude does not fit the module",
-            tensor=parts["m"].key,
-            got=list(parts["m"].shape),
-            expected=f"{direction.shape[0]} elements",
-        )
+    check_magnitude(parts["m"], direction.shape[0])
     return ModuleChange(direction, parts["m"])
 
 
@@ -183,7 +178,7 @@ def _written_config(adapter: Adapter) -> dict[str, Any]:
     from loratools_formats.disk.errors import UnsupportedError
 
     parts = [delta.require_factors() for delta in adapter.modules.values()]
-    kinds = {delta.is_dora for delta in adapter.modules.values()}
+    kinds = {"dora" if delta.is_dora else "lora" for delta in adapter.modules.values()}
     for what, found in (
         ("rank", {part.rank for part in parts}),
         ("scale", {part.scale for part in parts}),
@@ -191,16 +186,21 @@ def _written_config(adapter: Adapter) -> dict[str, Any]:
     ):
         if len(found) > 1:
             first = command_on(adapter, "squeeze", "--energy 1 --uniform", output="uniform")
-            is_made = adapter.provenance is not None and what != "kind"
+            hint = f"Make it uniform first: {first}"
+            if what == "kind":
+                first = command_on(adapter, "to-lora", "--base MODEL")
+                hint = f"Make all plain LoRAs first: {first}"
+            elif adapter.provenance is not None:
+                hint = "Add `uniform=True`"
             raise UnsupportedError(
                 f"mlx-lm loads adapters of one {what} only",
                 path=adapter.source,
                 got=", ".join(map(str, sorted(found))),
-                hint="Add `uniform=True`" if is_made else f"Make it uniform first: {first}",
+                hint=hint,
             )
     config = dict(adapter.config)
     if parts:
-        config["fine_tune_type"] = "dora" if kinds == {True} else "lora"
+        config["fine_tune_type"] = next(iter(kinds))
         parameters = config.get("lora_parameters") or {}
         same = (parameters.get("rank"), parameters.get("scale")) == (parts[0].rank, parts[0].scale)
         if not same:
@@ -227,14 +227,11 @@ class Mlx(Format):
 
     def read(self, path: Path) -> Adapter:
         """Read a folder, or one named by its weight file."""
-        from loratools_formats.disk.errors import LoratoolsError
+        from loratools_formats.disk.errors import naming
 
         folder = _folder(path)
-        try:
+        with naming(folder):
             return _adapter(folder)
-        except LoratoolsError as error:
-            error.path = error.path or str(folder)
-            raise
 
     def losses(self, adapter: Adapter) -> list[Loss]:
         """Return what MLX cannot hold."""

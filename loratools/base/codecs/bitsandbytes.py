@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loratools.base.codecs.codec import Codec, CodedWeight, Scheme, Stored, WholeEncoder
+from loratools.base.codecs.parts import matrix_rows
 from loratools_formats.checkpoints.bitsandbytes import QuantizedWeight, quantized_weights
 from loratools_formats.checkpoints.facts import is_conv1d
 from loratools_formats.checkpoints.shard_plan import Sink
@@ -40,8 +41,7 @@ class FourBitWeight(CodedWeight):
 
     def rows(self, start: int, stop: int) -> Array:
         """Return rows in the weight's type."""
-        width = self.shape[-1]
-        return self.elements(start * width, stop * width).reshape(stop - start, width)
+        return matrix_rows(self, start, stop)
 
     def elements(self, start: int, stop: int) -> Array:
         """Return elements [start, stop) of the flat weight in its type."""

@@ -30,7 +30,7 @@ from loratools.base.codecs.codec import (
 from loratools.base.codecs.levels import Attempt, as_they_were, integer_codes, nearer, rounded
 from loratools.base.codecs.parts import matrix_rows
 from loratools.base.codecs.words import Words
-from loratools_formats.checkpoints.siblings import sibling, wrong_shape
+from loratools_formats.checkpoints.siblings import missing_part, sibling, wrong_shape
 from loratools_formats.core.dtypes import OF_MODELS, Array, converted, encode
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -263,13 +263,9 @@ def _packed(stored: Stored, module: str, codes: TensorRef, bits_of: frozenset[in
             expected=f"{module}.weight_shape, or groups of the size that the configuration states",
         )
     if not {"g_idx", "unused_g_idx"} & set(parts) and _is_ordered(stored.stated, parts["scale"]):
-        raise AdapterError(
-            "a tensor of a quantised weight is missing", tensor=f"{module}.weight_g_idx"
-        )
+        raise missing_part(f"{module}.weight_g_idx")
     if "zero_point" not in parts and _stated_weights(stored.stated, "symmetric") == {False}:
-        raise AdapterError(
-            "a tensor of a quantised weight is missing", tensor=f"{module}.weight_zero_point"
-        )
+        raise missing_part(f"{module}.weight_zero_point")
     key = f"{module}.weight"
     return _Integers(key, shape, codes, words, parts, f"INT{words.bits}")
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from loratools.base.codecs.codec import Codec, CodedWeight, Scheme, Stored
 from loratools.base.codecs.levels import rounded
+from loratools.base.codecs.parts import matrix_rows
 from loratools_formats.checkpoints.siblings import sibling, wrong_shape
 from loratools_formats.core.dtypes import DTYPES, OF_MODELS, Array
 from loratools_formats.core.tensors import TensorRef
@@ -64,8 +65,7 @@ class _Hqq(CodedWeight):
 
     def rows(self, start: int, stop: int) -> Array:
         """Return rows in the type of the values."""
-        width = self.shape[-1]
-        return self.elements(start * width, stop * width).reshape(stop - start, width)
+        return matrix_rows(self, start, stop)
 
     def elements(self, start: int, stop: int) -> Array:
         """Return elements [start, stop) of the flat weight in the type of the values."""

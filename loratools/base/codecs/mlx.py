@@ -37,10 +37,10 @@ from loratools.base.codecs.mlx_encode import (
     affine,
 )
 from loratools.base.codecs.parts import matrix_rows
-from loratools_formats.checkpoints.siblings import sibling, wrong_shape
+from loratools_formats.checkpoints.siblings import missing_part, sibling, wrong_shape
 from loratools_formats.core.dtypes import DTYPES, OF_MODELS, Array, encode
 from loratools_formats.core.tensors import TensorRef
-from loratools_formats.disk.errors import AdapterError, UnsupportedError
+from loratools_formats.disk.errors import UnsupportedError
 
 _BITS = (2, 3, 4, 5, 6, 8)
 _GROUPS = (32, 64, 128)
@@ -214,9 +214,7 @@ def _declare(stored: Stored) -> dict[str, CodedWeight]:
             found[key] = _floating(stored, module, codes, scales)
         else:
             if biases is None:
-                raise AdapterError(
-                    "a tensor of a quantised weight is missing", tensor=f"{module}.biases"
-                )
+                raise missing_part(f"{module}.biases")
             sibling(stored.tensors, scales.key, OF_MODELS)
             sibling(stored.tensors, biases.key, (scales.dtype.code,), scales.shape)
             bits = _bits(codes, scales, _entry(stated, module))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Protocol
 
 import numpy as np
 
@@ -49,7 +50,15 @@ class Columns:
         return out
 
 
-def matrix_rows(tensor: TensorRef, start: int, stop: int) -> Array:
-    """Return rows [start, stop), along the last dimension, in the stored type."""
+class _Elements(Protocol):
+    """Values that are read by their place among all."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def elements(self, start: int, stop: int, /) -> Array: ...
+
+
+def matrix_rows(tensor: _Elements, start: int, stop: int) -> Array:
+    """Return rows [start, stop), along the last dimension, in the type of the elements."""
     width = tensor.shape[-1]
     return tensor.elements(start * width, stop * width).reshape(stop - start, width)

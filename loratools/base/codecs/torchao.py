@@ -29,10 +29,10 @@ from loratools.base.codecs.codec import (
 )
 from loratools.base.codecs.levels import float_codes, integer_codes, rounded
 from loratools.base.codecs.parts import matrix_rows
-from loratools_formats.checkpoints.siblings import sibling, wrong_shape
+from loratools_formats.checkpoints.siblings import missing_part, sibling, wrong_shape
 from loratools_formats.core.dtypes import DTYPES, OF_MODELS, Array
 from loratools_formats.core.tensors import TensorRef
-from loratools_formats.disk.errors import AdapterError, UnsupportedError
+from loratools_formats.disk.errors import UnsupportedError
 from loratools_formats.disk.strict_json import parsed_object
 
 _CODES = re.compile(r"(.+)\._([a-z_]+)_qdata")
@@ -191,9 +191,7 @@ def _check_named(stored: Stored, prefix: str, named: Any) -> None:
     """
     for name in named if isinstance(named, list) else ():
         if f"{prefix}{name}" not in stored.tensors:
-            raise AdapterError(
-                "a tensor of a quantised weight is missing", tensor=f"{prefix}{name}"
-            )
+            raise missing_part(f"{prefix}{name}")
 
 
 def _block(said: Any, codes: TensorRef) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from loratools.base.codecs.codec import CodedWeight, Encoder, WholeEncoder
+from loratools.base.codecs.parts import matrix_rows
 from loratools_formats.checkpoints.shard_plan import Sink
 from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import AdapterError
@@ -37,8 +38,7 @@ class Transposed(CodedWeight):
 
     def rows(self, start: int, stop: int) -> Array:
         """Return rows in the weight's type."""
-        width = self.shape[-1]
-        return self.elements(start * width, stop * width).reshape(stop - start, width)
+        return matrix_rows(self, start, stop)
 
     def elements(self, start: int, stop: int) -> Array:
         """Return elements [start, stop) of the flat weight in its type."""

@@ -15,7 +15,9 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
+from loratools.base.dequantised import dequantised
 from loratools.base.placement.model_class import Named, Rule, class_of, names_in
+from loratools.base.placement.names import Names
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.facts import text_values
 from loratools_formats.core.tensors import Buffer, TensorRef, in_file
@@ -36,6 +38,11 @@ class ClassView:
     stored: Mapping[str, tuple[str, ...]]
     kept: tuple[str, ...] = ()
     known: bool = True
+
+
+def names_in_class(base: Checkpoint) -> Names:
+    """Return a base's names as its class has them, its quantised weights under plain ones."""
+    return Names(class_view(dequantised(base).checkpoint).checkpoint)
 
 
 def class_view(base: Checkpoint, config: Mapping[str, Any] | None = None) -> ClassView:

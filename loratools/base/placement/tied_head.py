@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from loratools.base.dequantised import dequantised
-from loratools.base.placement.class_view import class_view
+from loratools.base.placement.class_view import names_in_class
 from loratools.base.placement.names import Names
 from loratools.base.placement.tied import is_mirrored
 from loratools.base.tied import find_tie
@@ -81,7 +80,7 @@ def as_class_has_heads(adapter: Adapter, base: Checkpoint | None) -> Adapter:
     """Return what `with_tied_heads` does in the names of a base's class; without one, nothing."""
     if base is None or not _heads(adapter):
         return adapter
-    return with_tied_heads(Names(class_view(dequantised(base).checkpoint).checkpoint), adapter)
+    return with_tied_heads(names_in_class(base), adapter)
 
 
 def with_one_head(adapter: Adapter, base: Checkpoint | None) -> Adapter:
@@ -92,7 +91,7 @@ def with_one_head(adapter: Adapter, base: Checkpoint | None) -> Adapter:
     """
     if base is None:
         return adapter
-    names = Names(class_view(dequantised(base).checkpoint).checkpoint)
+    names = names_in_class(base)
     tie = find_tie(names, adapter=adapter, guess_head=True)
     if tie is None:
         return adapter

@@ -51,6 +51,7 @@ class FleetCommand(Command):
             given = [one for one in args[at + 1 : cut][:1] if not one.startswith("-")]
             moved = shlex.join([args[at], *given, *args[cut + 1 :]])
             before = [*args[:at], *args[at + 1 + len(given) : cut]]
+            before = ["-o" if one == "--out-dir" else one for one in before]
             before += [] if {"-o", "--output"} & {*before} else ["-o", "RESULTS"]
             text = (
                 f"{error.option_name} is an option of the operation, and those stand behind --: "

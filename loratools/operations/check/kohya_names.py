@@ -7,9 +7,9 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from loratools.naming.choice import NamedModules, chosen_tables
+from loratools.naming.choice import chosen_tables
 from loratools.naming.kohya_unets import component, is_of_a_unet
-from loratools.naming.prefixes import all_names
+from loratools.naming.named_modules import NamedModules
 from loratools.operations.check.remedy import Remedy
 from loratools.operations.check.rule import Found
 from loratools.operations.check.subject import Subject
@@ -17,7 +17,7 @@ from loratools.operations.check.targets import Target
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import LowRank
 from loratools_formats.core.single_file_keys import is_first_factor
-from loratools_formats.disk.errors import LoratoolsError
+from loratools_formats.disk.errors import LoratoolsError, and_more
 
 
 def scales_by_commonest(adapter: Adapter, target: Target) -> dict[str, float]:
@@ -33,7 +33,7 @@ def scales_by_commonest(adapter: Adapter, target: Target) -> dict[str, float]:
     patterns = [re.compile(text) for text in target.kohya.commonest]
     if not patterns or adapter.format != "kohya" or not is_of_a_unet(adapter.modules):
         return {}
-    parts = {n: c.factors for n, c in adapter.modules.items() if c.factors is not None}
+    parts = adapter.factors()
     alphas: dict[str, Counter[float]] = {}
     for name, part in parts.items():
         if _states_alpha(name, part):
@@ -66,7 +66,7 @@ def about_alphas(adapter: Adapter, target: Target) -> Found | None:
     taken = scales_by_commonest(adapter, target)
     if not taken:
         return None
-    parts = {n: c.factors for n, c in adapter.modules.items() if c.factors is not None}
+    parts = adapter.factors()
     first = next(iter(taken))
     text = (
         f"{target.label} ignores the alphas of {len(taken)} of {len(parts)} modules and takes "
@@ -85,7 +85,7 @@ def lost_modules(_: Subject, adapter: Adapter, target: Target) -> Iterator[Found
     facts = target.kohya
     if adapter.format != "kohya" or not (facts.ignored or facts.lost):
         return
-    file = NamedModules.of(adapter, {name: name for name in all_names(adapter)})
+    file = NamedModules.of(adapter)
     try:
         tables = chosen_tables([file], "diffusers")
     except LoratoolsError:
@@ -101,6 +101,5 @@ def lost_modules(_: Subject, adapter: Adapter, target: Target) -> Iterator[Found
     told = [re.compile(pattern) for pattern in patterns if pattern is not None]
     lost = [name for name in file.names if told and all(p.fullmatch(name) for p in told)]
     if lost and len(told) == len(tables):
-        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-        text = f"{target.label} silently leaves out modules of kohya's names: {lost[0]}{more}"
+        text = f"{target.label} silently leaves out modules of kohya's names: {and_more(lost)}"
         yield Found(text, lost[0], hint=hint, remedy=remedy, target=target.name)

@@ -23,7 +23,7 @@ from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.file_names import ADAPTER_CONFIG
 from loratools_formats.core.peft_facts import PREFIX, refused_modules
 from loratools_formats.core.wrapped_names import WRAPPERS
-from loratools_formats.disk.errors import AdapterError, LoratoolsError
+from loratools_formats.disk.errors import AdapterError, LoratoolsError, and_more
 
 _WRAPPERS = (*sorted(WRAPPERS), "_flat_param")
 _OWN_NAME = re.compile(
@@ -36,17 +36,13 @@ _EXPERT_AXES = (0, 19)
 _LISTED = 5
 
 
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return names[0] + more
-
-
 def _wrappers(subject: Subject) -> Iterator[Found]:
     for wrapper in _WRAPPERS:
         holding = [name for name in subject.tensors if wrapper in name]
         names = [name for name in holding if wrapper in name.split(".")]
         if names:
-            yield Found(f"the names of {_some(names)} hold {wrapper}, a training wrapper", names[0])
+            text = f"the names of {and_more(names)} hold {wrapper}, a training wrapper"
+            yield Found(text, names[0])
 
 
 def _adapter_name(subject: Subject) -> Iterator[Found]:
@@ -57,7 +53,7 @@ def _adapter_name(subject: Subject) -> Iterator[Found]:
     if names:
         match = _OWN_NAME.fullmatch(names[0])
         own = next(filter(None, match.groups())) if match is not None else ""
-        yield Found(f"{_some(names)} hold the adapter's own name {own!r}", names[0])
+        yield Found(f"{and_more(names)} hold the adapter's own name {own!r}", names[0])
 
 
 def _prefix(subject: Subject) -> Iterator[Found]:
@@ -65,7 +61,7 @@ def _prefix(subject: Subject) -> Iterator[Found]:
         return
     names = [n for n in subject.tensors if not n.startswith(PREFIX) and _FACTOR.fullmatch(n)]
     if names:
-        yield Found(f"{_some(names)} do not begin with {PREFIX}", names[0])
+        yield Found(f"{and_more(names)} do not begin with {PREFIX}", names[0])
 
 
 def _expert_axes(subject: Subject) -> Iterator[Found]:
@@ -81,12 +77,12 @@ def _expert_axes(subject: Subject) -> Iterator[Found]:
     version = subject.config.get("peft_version")
     if not stacks or not isinstance(version, str):
         if stacks:
-            text = f"{_some(stacks)}: no PEFT version is recorded, and 0.19.1 exchanged the axes"
+            text = f"{and_more(stacks)}: no PEFT version is recorded, and 0.19.1 exchanged the axes"
             yield Found(text, stacks[0], ADAPTER_CONFIG)
         return
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
     if numbers < _EXPERT_AXES or version == "0.19.0":
-        text = f"{_some(stacks)}: made with PEFT {version}, and 0.19.1 exchanged the axes"
+        text = f"{and_more(stacks)}: made with PEFT {version}, and 0.19.1 exchanged the axes"
         yield Found(text, stacks[0], ADAPTER_CONFIG)
 
 
@@ -151,7 +147,7 @@ def _refused_by_peft(subject: Subject) -> Iterator[Found]:
     kind = subject.base.base.config.get("model_type")
     names = refused_modules(kind, layers, subject.config.get("peft_type"))
     if names:
-        yield Found(f"PEFT refuses to adapt {_some(names)} in a model of type {kind}", names[0])
+        yield Found(f"PEFT refuses to adapt {and_more(names)} in a model of type {kind}", names[0])
 
 
 def _replaces(names: Names, module: str, leaf: str) -> bool:
@@ -221,18 +217,11 @@ def _one_by_one(
             place(replace(adapter, modules={name: change}), names.base)
         except LoratoolsError as error:
             count += 1
-            yield Found(f"{name}: {_brief(error)}", name)
+            yield Found(f"{name}: {error.brief}", name)
         if count == _LISTED:
             return
     if not count:
-        yield Found(_brief(first), first.tensor)
-
-
-def _brief(error: LoratoolsError) -> str:
-    parts = [error.message]
-    parts += [f"got {error.got}"] if error.got is not None else []
-    parts += [f"expected {error.expected}"] if error.expected is not None else []
-    return "; ".join(parts)
+        yield Found(first.brief, first.tensor)
 
 
 def _tied(subject: Subject) -> Iterator[Found]:

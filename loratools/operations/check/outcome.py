@@ -16,6 +16,7 @@ from loratools.operations.check.rule import Found, Group, Rule
 from loratools.operations.check.rules import OF_READERS, RULES, UNREADABLE
 from loratools.operations.check.subject import Subject, subject_of
 from loratools.work.json_object import hidden
+from loratools_formats.contract.path_kinds import missing
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.file_names import ADAPTER_CONFIG
@@ -136,7 +137,7 @@ class Asked:
             doubts = tuple(get_format(source.format).loading_findings(source))
             subject = Subject(source.source, source, None, self.base, targets, doubts)
         elif not os.path.lexists(source) and not is_there(source):
-            return Unchecked(str(source), "no such file or folder")
+            return Unchecked(str(source), str(missing(source)).removeprefix(f"{source}: "))
         else:
             subject = subject_of(
                 source,
@@ -220,14 +221,7 @@ def _unreadable(subject: Subject) -> Iterator[Found]:
         if error.path is not None and subject.folder is not None:
             name = os.path.basename(error.path)
             file = name if (subject.folder / name).is_file() else None
-        yield Found(_text(error), error.tensor, file, error.hint or "")
-
-
-def _text(error: LoratoolsError) -> str:
-    parts = [error.message]
-    parts += [f"got {error.got}"] if error.got is not None else []
-    parts += [f"expected {error.expected}"] if error.expected is not None else []
-    return "; ".join(parts)
+        yield Found(error.brief, error.tensor, file, error.hint or "")
 
 
 def _run(subject: Subject, rule: Rule) -> Iterator[Found]:
@@ -236,7 +230,7 @@ def _run(subject: Subject, rule: Rule) -> Iterator[Found]:
         try:
             own = list(rule.check(subject))
         except LoratoolsError as error:
-            text = f"{rule.code} could not check it: {_text(error)}"
+            text = f"{rule.code} could not check it: {error.brief}"
             own = [replace(Found(text, error.tensor), hint=error.hint or "")]
     yield from own
     if not own and rule.of_readers:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from loratools.operations.check.rule import Found, Rule
-from loratools.operations.check.subject import CARD_FILE, Card, Subject, card_of
+from loratools.operations.check.subject import Card, Subject, card_of
 from loratools_formats.checkpoints.facts import is_embedding
-from loratools_formats.core.file_names import ADAPTER_CONFIG
+from loratools_formats.core.file_names import ADAPTER_CONFIG, CARD
 from loratools_formats.disk.errors import LoratoolsError
 from loratools_formats.disk.files import inside, read_small_file
 
@@ -29,18 +29,18 @@ def _listed(value: Any) -> list[str]:
 
 def _no_card(subject: Subject) -> Iterator[Found]:
     if subject.is_peft and subject.folder is not None and subject.card is None:
-        yield Found("there is no README.md", CARD_FILE, CARD_FILE)
+        yield Found("there is no README.md", CARD)
 
 
 def _broken_card(subject: Subject) -> Iterator[Found]:
     if subject.card is not None and subject.card.fault:
-        yield Found(f"README.md cannot be read: {subject.card.fault}", CARD_FILE, CARD_FILE)
+        yield Found(f"README.md cannot be read: {subject.card.fault}", CARD)
 
 
 def _no_licence(subject: Subject) -> Iterator[Found]:
     card = _card(subject)
     if card is not None and not card.values.get("license"):
-        yield Found("README.md names no licence", "license", CARD_FILE)
+        yield Found("README.md names no licence", "license", CARD)
 
 
 def _licence_conflict(subject: Subject) -> Iterator[Found]:
@@ -48,17 +48,17 @@ def _licence_conflict(subject: Subject) -> Iterator[Found]:
     if card is None or subject.base is None or not subject.base.base.is_folder:
         return
     path = subject.base.base.path
-    if not (path / CARD_FILE).is_file():
+    if not (path / CARD).is_file():
         return
     try:
-        base = card_of(read_small_file(inside(path, CARD_FILE), _MAX_CARD_BYTES))
+        base = card_of(read_small_file(inside(path, CARD), _MAX_CARD_BYTES))
     except LoratoolsError as error:
         yield Found(f"the base's README.md was not read: {error.message}", severity="note")
         return
     own, its = (str(each.values.get("license") or "").lower() for each in (card, base))
     if own and its and _is_restricted(its) and not _is_restricted(own):
         text = f"the adapter is under {own}, and its base under {its}, which forbids some uses"
-        yield Found(text, "license", CARD_FILE)
+        yield Found(text, "license", CARD)
 
 
 def _is_restricted(licence: str) -> bool:
@@ -71,7 +71,7 @@ def _base_differs(subject: Subject) -> Iterator[Found]:
     named = _listed(card.values.get("base_model")) if card is not None else []
     if isinstance(recorded, str) and recorded and named and recorded not in named:
         text = f"README.md names the base {named[0]}, and {ADAPTER_CONFIG} {recorded}"
-        yield Found(text, "base_model", CARD_FILE)
+        yield Found(text, "base_model", CARD)
 
 
 def _missing_keys(subject: Subject) -> Iterator[Found]:
@@ -87,7 +87,7 @@ def _missing_keys(subject: Subject) -> Iterator[Found]:
     }
     missing = [key for key, there in wanted.items() if not there]
     if missing:
-        yield Found(f"README.md lacks {', '.join(missing)}", missing[0], CARD_FILE)
+        yield Found(f"README.md lacks {', '.join(missing)}", missing[0], CARD)
 
 
 def _relation(subject: Subject) -> Iterator[Found]:
@@ -95,7 +95,7 @@ def _relation(subject: Subject) -> Iterator[Found]:
     relation = None if card is None else card.values.get("base_model_relation")
     if relation not in (None, "adapter"):
         text = f"base_model_relation is {relation}, and the folder holds an adapter"
-        yield Found(text, "base_model_relation", CARD_FILE)
+        yield Found(text, "base_model_relation", CARD)
 
 
 def _no_tokenizer(subject: Subject) -> Iterator[Found]:

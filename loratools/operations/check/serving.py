@@ -15,6 +15,7 @@ from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.factors import scale_of
 from loratools_formats.core.file_names import ADAPTER_CONFIG
+from loratools_formats.disk.errors import and_more
 
 OfTarget = Callable[[Subject, Adapter, Target], Iterator[Found]]
 WORDS: dict[Support, str] = {
@@ -49,8 +50,7 @@ def unusable(
 ) -> Iterator[Found]:
     """Yield that a target refuses or leaves out some parts, if it does and there are any."""
     if names and WORDS[support]:
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        text = f"{target.label} {WORDS[support]} {what}: {names[0]}{more}"
+        text = f"{target.label} {WORDS[support]} {what}: {and_more(names)}"
         yield Found(text, names[0], remedy=remedy, target=target.name, hint=hint)
 
 
@@ -115,7 +115,7 @@ def _rank_flag(_: Subject, adapter: Adapter, target: Target) -> Iterator[Found]:
 
 def _scale(subject: Subject, adapter: Adapter, target: Target) -> Iterator[Found]:
     """Compare each scale with the one that a program would take."""
-    parts = {n: c.factors for n, c in adapter.modules.items() if c.factors is not None}
+    parts = adapter.factors()
     scales = {name: part.scale for name, part in parts.items()}
     if not scales:
         return

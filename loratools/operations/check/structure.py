@@ -9,6 +9,7 @@ from loratools.base.repeated import without_repeated
 from loratools.operations.check.rule import Found, Rule
 from loratools.operations.check.subject import Subject
 from loratools_formats.core.tensors import TensorRef
+from loratools_formats.disk.errors import and_more
 
 _HALF = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<half>[AB])(?P<rest>\..+)?")
 
@@ -81,8 +82,7 @@ def _belongs_nowhere(subject: Subject) -> Iterator[Found]:
         return
     if adapter.carried:
         names = list(adapter.carried)
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        yield Found(f"{names[0]}{more} belong to no module", names[0])
+        yield Found(f"{and_more(names)} belong to no module", names[0])
 
 
 def _base_values(subject: Subject) -> Iterator[Found]:

@@ -16,6 +16,7 @@ from loratools_formats.contract.files import read_adapter
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.file_names import (
     ADAPTER_CONFIG,
+    CARD,
     MLX_WEIGHTS,
     PEFT_WEIGHTS,
     WEIGHTS_OF_ADAPTERS,
@@ -32,7 +33,6 @@ from loratools_formats.disk.strict_yaml import loads as load_yaml
 if TYPE_CHECKING:
     from loratools.operations.check.numbers import ModuleNumbers
 
-CARD_FILE = "README.md"
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_CARD_BYTES = 1 << 20
 
@@ -132,10 +132,10 @@ class Subject:
     @functools.cached_property
     def card(self) -> Card | None:
         """The model card; None if there is none."""
-        if self.folder is None or not (self.folder / CARD_FILE).is_file():
+        if self.folder is None or not (self.folder / CARD).is_file():
             return None
         try:
-            text = read_small_file(inside(self.folder, CARD_FILE), _MAX_CARD_BYTES)
+            text = read_small_file(inside(self.folder, CARD), _MAX_CARD_BYTES)
         except LoratoolsError as error:
             return Card({}, error.message)
         return card_of(text)

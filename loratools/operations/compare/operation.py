@@ -21,10 +21,10 @@ from loratools.operations.compare.products import MANY, Workspace, inner_product
 from loratools.operations.compare.result import CompareResult, PairModule, Unmatched
 from loratools.operations.compare.starts import FLOOR, FLOOR_IN_SINGLE, Starts, starts, unknown
 from loratools.work.declared import option
-from loratools.work.parallel import in_order
+from loratools.work.parallel import done_in_order
 from loratools.work.requests import Progress
 from loratools.work.seeds import seed_of_64_bits
-from loratools.work.selection import Selection
+from loratools.work.selection import Selection, require_selected
 from loratools.work.typed import check_options
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter
@@ -127,13 +127,15 @@ def compare(
     named, found = in_one_naming(list(adapters.values()), base)
     many = len(named) >= MANY
     openers = [ThinModules(adapter, base, "compare") for adapter in named]
-    wanted = sorted({n for opener in openers for n in opener.modules if n in selection})
+    known = sorted({name for opener in openers for name in opener.modules})
+    require_selected(selection, known, "compare", named[0].source)
+    wanted = [name for name in known if name in selection]
     workspace = Workspace()
-    done: list[_Module] = []
-    for module in in_order(lambda n: _module(n, openers, options, workspace), wanted, workers):
-        done.append(module)
-        if progress is not None:
-            progress(len(done), len(wanted))
+
+    def one(name: str) -> _Module:
+        return _module(name, openers, options, workspace)
+
+    done = done_in_order(one, wanted, workers, progress)
     if not any(module.is_compared for module in done):
         examples = [next(iter(opener.modules)) for opener in openers]
         why = next((f"{module.name}: {module.problem}" for module in done if module.problem), None)

@@ -11,7 +11,7 @@ import numpy as np
 from loratools.algebra import linalg, residuals
 from loratools.lowrank.matrices import loaded
 from loratools.operations.reported import ratio
-from loratools.work.parallel import in_order, usable_cores
+from loratools.work.parallel import done_in_order, usable_cores
 from loratools.work.requests import Progress
 from loratools_formats.contract.files import read_adapter
 from loratools_formats.core.adapter import Adapter
@@ -85,11 +85,7 @@ def compared(
     def one(name: str) -> tuple[float, float]:
         return _residual(name, exact.modules[name], written.modules[name], source)
 
-    found: list[tuple[float, float]] = []
-    for squares in in_order(one, names, workers or usable_cores()):
-        found.append(squares)
-        if progress is not None:
-            progress(len(found), len(names))
+    found = done_in_order(one, names, workers or usable_cores(), progress)
     modules = [
         ModuleError(name, written.modules[name].rank, ratio(*squares))
         for name, squares in zip(names, found, strict=True)

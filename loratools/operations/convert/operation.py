@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loratools.base.repeated import stored_in, without_repeated
+from loratools.folding.without_base import to_lora_command
 from loratools.lowrank.rescale import folded, of_positive_scale
 from loratools.lowrank.true_rank import of_true_rank
 from loratools.naming.lists import names_of_adapter, names_of_base
@@ -120,6 +121,7 @@ def prepare(
     left = {loss.name for loss in lost}
     kept = {name: delta for name, delta in model.modules.items() if name not in left}
     _refuse_stacks(adapter, kept, target)
+    _refuse_without_factors(adapter, kept, target)
     named = _named(replace(model, modules=kept), target, context, single)
     model = named.adapter
     out_of_place = [Loss(name, "is of another component") for name in named.left_out]
@@ -176,6 +178,22 @@ def _refuse_stacks(adapter: Adapter, modules: Mapping[str, ModuleChange], target
             tensor=stack,
             hint=FUSE_INSTEAD,
         )
+
+
+def _refuse_without_factors(
+    adapter: Adapter, modules: Mapping[str, ModuleChange], target: Format
+) -> None:
+    """Refuse kinds other than LoRA in a format that has no place for them."""
+    if target.naming is not None or adapter.format == target.name:
+        return
+    for name, change in modules.items():
+        if change.factors is None:
+            raise UnsupportedError(
+                f"a change of kind {change.kind} is not converted to {target.name}",
+                path=adapter.source,
+                tensor=name,
+                hint=f"Make it a plain LoRA first: {to_lora_command(adapter, change)}",
+            )
 
 
 def _refuse_nothing(

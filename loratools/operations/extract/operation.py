@@ -18,6 +18,7 @@ from typing import Literal
 from loratools.algebra.ranks import RankRule, as_options
 from loratools.base.dequantised import dequantised, rounded_as
 from loratools.lowrank.resize import ComputeOptions
+from loratools.operations.extract.config import peft_config
 from loratools.operations.extract.pairs import Comparison, Pair
 from loratools.operations.to_lora import ToLoraChoices, ToLoraResult, to_lora, to_lora_choices
 from loratools.work.declared import option
@@ -29,7 +30,7 @@ from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.findings import Finding
-from loratools_formats.core.peft_facts import refused_modules, replaced_name
+from loratools_formats.core.peft_facts import nested_paths, refused_modules, replaced_name
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 
@@ -141,24 +142,21 @@ def difference(
         replacements={
             replaced_name(key, modules): replacement for key, replacement in replacements.items()
         },
-        config=comparison.config(modules, base_name),
+        config=peft_config(comparison.base, modules, comparison.heads, comparison.task, base_name),
         base_model=base_name,
     )
     return Difference(adapter, unchanged, tuple(skipped), tuple(comparison.findings))
 
 
 def _deltas(pairs: Iterable[Pair]) -> dict[str, ModuleChange]:
-    """Return the differences by the names that PEFT gives them.
-
-    The changes of one module's parameters nest, the one that is declared first innermost.
-    """
-    found: dict[str, list[Pair]] = {}
+    """Return the differences by the names that PEFT gives them."""
+    found: dict[str, dict[str, Pair]] = {}
     for pair in pairs:
-        found.setdefault(pair.module, []).append(pair)
+        found.setdefault(pair.module, {})[pair.key] = pair
     named = {
-        module + ".base_layer" * depth: pair.delta()
+        path: group[key].delta()
         for module, group in found.items()
-        for depth, pair in enumerate(sorted(group, key=Pair.declared, reverse=True))
+        for key, path in nested_paths(module, group).items()
     }
     return {name: named[name] for name in sorted(named)}
 

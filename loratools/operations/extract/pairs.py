@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -20,7 +20,6 @@ from loratools.base.placement.names import Names
 from loratools.base.placement.orient import stack_is_transposed
 from loratools.base.task_class import task_of
 from loratools.base.tied import find_tie, shared_embeddings
-from loratools.operations.extract.one_sided import saved_module
 from loratools.work.module_patterns import pattern_of
 from loratools.work.selection import Selection
 from loratools_formats.checkpoints import expert_classes
@@ -36,13 +35,12 @@ from loratools_formats.core.change import KindDelta, Layer, ModuleChange
 from loratools_formats.core.dtypes import DTYPES
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.orientation import named_conv1d
-from loratools_formats.core.peft_facts import targets
 from loratools_formats.core.tensors import Buffer, TensorRef, equal_values, in_file
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 _LINEAR = Layer("linear")
 _STACKED = ("gate_up_proj", "up_proj", "down_proj")
-"""Parameters of stacked experts, in the order in which transformers declares them."""
+"""Parameters of stacked experts."""
 _BUFFER = re.compile(
     r"(?:^|\.)(?:rotary_emb\.(?:original_)?inv_freq|rotary_pos_emb\.inv_freq|position_ids|token_type_ids"
     r"|masked_bias|num_batches_tracked|relative_position_index)$"
@@ -85,11 +83,6 @@ class Pair:
         parent, _, leaf = self.key.rpartition(".")
         own = {"in_proj_weight": f"{parent}.in_proj", _PROJECTION: self.key}
         return own.get(leaf, parent)
-
-    def declared(self) -> int:
-        """Return the place of a stack among its module's parameters."""
-        leaf = self.key.rpartition(".")[2]
-        return _STACKED.index(leaf) if leaf in _STACKED else 0
 
     def differs(self) -> bool:
         """Return whether any value changed, reading both a block at a time."""
@@ -136,7 +129,7 @@ class Comparison:
         self._names = Names(self.base)
         self.findings: list[Finding] = []
         self.heads: dict[str, Replacement] = {}
-        self._task = task_of(self.tuned.config)
+        self.task = task_of(self.tuned.config)
         self._tie = find_tie(self._names, guess_head=True)
         self._shared = shared_embeddings(self._names)
 
@@ -149,7 +142,7 @@ class Comparison:
         """
         names = Names(self.tuned)
         both = {key: other for key in self.base.tensors if (other := names.find(key)) is not None}
-        adds_head = self._task is not None and all(key == other for key, other in both.items())
+        adds_head = self.task is not None and all(key == other for key, other in both.items())
         alone = [
             *self._alone(self.base, set(both), "tuned", adds_head=adds_head),
             *self._alone(self.tuned, set(both.values()), "base", adds_head=adds_head),
@@ -284,7 +277,7 @@ class Comparison:
     def _pair(self, key: str, old: TensorRef, new: TensorRef) -> Pair:
         module, _, leaf = key.rpartition(".")
         dims = len(old.shape)
-        is_task = self._task is not None and not rules.TASK_HEADS.isdisjoint(module.split("."))
+        is_task = self.task is not None and not rules.TASK_HEADS.isdisjoint(module.split("."))
         resizable = dims == 2 and (is_embedding(module) or self._is_head(module))
         if old.shape != new.shape and not (
             (resizable or is_task) and old.shape[1:] == new.shape[1:]
@@ -375,31 +368,3 @@ class Comparison:
                 tensor=key,
                 hint="Give the folder with the base's config.json",
             )
-
-    def config(self, modules: Mapping[str, ModuleChange], base_name: str | None) -> dict[str, Any]:
-        """Return a PEFT configuration; ranks and scales are the writer's."""
-        classes = self.base.config.get("architectures")
-        causal = isinstance(classes, list) and any(
-            isinstance(name, str) and name.endswith("ForCausalLM") for name in classes
-        )
-        layers = {name: delta.layer for name, delta in modules.items()}
-        parameters = sorted({name for layer in layers.values() for name in layer.parameters})
-        saved = sorted({saved_module(key) for key in self.heads})
-        return {
-            "peft_type": "LORA",
-            "task_type": self._task if self.heads else "CAUSAL_LM" if causal else None,
-            "base_model_name_or_path": base_name,
-            "bias": "none",
-            "fan_in_fan_out": any(
-                layer.transposed_if_square for layer in layers.values() if not layer.parameters
-            ),
-            "inference_mode": True,
-            "r": 1,
-            "lora_alpha": 1,
-            "target_modules": targets(
-                (name for name, layer in layers.items() if not layer.parameters),
-                (key.rpartition(".")[0] for key in self.base.tensors),
-            ),
-            **({"target_parameters": parameters} if parameters else {}),
-            **({"modules_to_save": saved} if saved else {}),
-        }

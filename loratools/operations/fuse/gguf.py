@@ -8,11 +8,10 @@ or Q8_0.
 
 from __future__ import annotations
 
-import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -32,10 +31,10 @@ from loratools.operations.fuse.tensor import (
     TensorReport,
     are_products,
     fuse_tensor,
-    not_finite,
+    measured,
     squared_norm,
 )
-from loratools.operations.fuse.terms import View, WeightedChange, load_terms, stacked
+from loratools.operations.fuse.terms import View, WeightedChange, load_terms
 from loratools.operations.reported import report
 from loratools.work.call import kept
 from loratools.work.declared import option
@@ -292,7 +291,7 @@ def quantised(
     Raises:
         AdapterError: NaN or infinite values in the base, or values beyond the type.
     """
-    view = View.of(plan.source.shape, stacked=stacked(plan.changes))
+    view = View.of(plan.source.shape, plan.changes)
     terms = load_terms(plan.changes, view)
     squares = SquaresOfProducts(terms, view) if are_products(terms) else None
     base, delta, lost, gained = 0.0, 0.0, 0.0, 0.0
@@ -308,17 +307,8 @@ def quantised(
         error = np.subtract(decode(stored.data, kind, total.shape), total, out=total)
         lost += squared_norm(error)
         gained += float(np.dot(error, change))
-    if not math.isfinite(base + delta + lost):
-        raise not_finite(plan, kind.name)
-    return TensorReport(
-        plan.key,
-        plan.modules,
-        kind.name,
-        math.sqrt(base),
-        math.sqrt(delta),
-        math.sqrt(lost),
-        surviving=1.0 + gained / delta if delta else 1.0,
-    )
+    found = measured(plan, kind.name, (base, delta, lost))
+    return replace(found, surviving=1.0 + gained / delta if delta else 1.0)
 
 
 def _wanted(tensor: GgufTensor, options: GgufFuseOptions) -> GgmlType:

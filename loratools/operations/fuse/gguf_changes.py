@@ -29,7 +29,7 @@ from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import Layer, ModuleChange
 from loratools_formats.core.dtypes import DTYPES
 from loratools_formats.core.tensors import Buffer, TensorRef, in_file
-from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError
+from loratools_formats.disk.errors import AdapterError, UnsupportedError, naming
 
 
 def gguf_changes(item: FuseInput, base: GgufModel) -> list[tuple[str, WeightedChange]]:
@@ -111,12 +111,9 @@ def _streamed(modules: Mapping[str, ModuleChange], base: GgufModel) -> list[Stre
     orders: dict[str, Mapping[str, list[int]]] = {}
     places: dict[str, BaseModule] = {}
     for name, delta in modules.items():
-        try:
+        with naming(tensor=name):
             refuse_unstreamable(name, delta)
             orders[name] = rows_of(name)
-        except LoratoolsError as error:
-            error.tensor = error.tensor or name
-            raise
         weight = _weight(name, orders[name], base)
         places[name] = BaseModule(
             (Piece(weight, False, 0, weight.shape[0]),), Layer("linear"), None

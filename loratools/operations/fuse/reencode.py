@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -17,8 +18,8 @@ from loratools.algebra.device import Device
 from loratools.base.codecs import Encoder
 from loratools.operations.fuse.blocks import fused_blocks, single_precision
 from loratools.operations.fuse.plan import TensorPlan
-from loratools.operations.fuse.tensor import TensorReport, not_finite
-from loratools.operations.fuse.terms import View, load_terms, stacked
+from loratools.operations.fuse.tensor import TensorReport, measured
+from loratools.operations.fuse.terms import View, load_terms
 from loratools_formats.checkpoints.shard_plan import Blank, Sink
 from loratools_formats.core.dtypes import Array
 
@@ -53,7 +54,7 @@ class Reencoded:
             AdapterError: values are not finite.
         """
         plan = self.plan
-        view = View.of(plan.source.shape, stacked=stacked(plan.changes))
+        view = View.of(plan.source.shape, plan.changes)
         terms = load_terms(plan.changes, view)
         code = plan.source.dtype.code
         blocks = fused_blocks(
@@ -79,17 +80,9 @@ class Reencoded:
                 found += float(np.dot(stored - before, change))
                 error = stored - total
                 lost += float(np.dot(error, error))
-        if not math.isfinite(base + delta + lost):
-            raise not_finite(plan, self._encoder.scheme.name)
-        return TensorReport(
-            plan.key,
-            plan.modules,
-            self._encoder.scheme.short,
-            math.sqrt(base),
-            math.sqrt(delta),
-            math.sqrt(lost),
-            surviving=found / delta if delta else 1.0,
-        )
+        scheme = self._encoder.scheme
+        report = measured(plan, scheme.short, (base, delta, lost), scheme.name)
+        return replace(report, surviving=found / delta if delta else 1.0)
 
     def _pieces(self, first: int, size: int) -> Iterator[tuple[int, int]]:
         """Yield ranges of a block's elements that are encoded together: whole steps of rows.

@@ -7,8 +7,8 @@ from the bytes that are stored.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -16,8 +16,8 @@ from loratools.algebra.device import Device
 from loratools.base.codecs import WholeEncoder
 from loratools.operations.fuse.blocks import Block, fused_blocks
 from loratools.operations.fuse.plan import TensorPlan
-from loratools.operations.fuse.tensor import TensorReport, not_finite
-from loratools.operations.fuse.terms import View, load_terms, stacked
+from loratools.operations.fuse.tensor import TensorReport, measured
+from loratools.operations.fuse.terms import View, load_terms
 from loratools_formats.checkpoints.shard_plan import Blank, Sink
 from loratools_formats.core.tensors import TensorRef
 
@@ -51,7 +51,7 @@ class Requantized:
         return self._measured(self._encoder.write(sinks, values).tensor())
 
     def _blocks(self) -> Iterator[Block]:
-        view = View.of(self.plan.source.shape, stacked=stacked(self.plan.changes))
+        view = View.of(self.plan.source.shape, self.plan.changes)
         terms = load_terms(self.plan.changes, view)
         return fused_blocks(
             self.plan.source, view, terms, self.plan.patches, single=None, device=self._device
@@ -68,14 +68,6 @@ class Requantized:
             delta += float(np.dot(change, change))
             found += float(np.dot(new - old, change))
             lost += float(np.dot(new - total, new - total))
-        if not math.isfinite(base + delta + lost):
-            raise not_finite(self.plan, self._encoder.scheme.name)
-        return TensorReport(
-            self.plan.key,
-            self.plan.modules,
-            self._encoder.scheme.short,
-            math.sqrt(base),
-            math.sqrt(delta),
-            math.sqrt(lost),
-            surviving=found / delta if delta else 1.0,
-        )
+        scheme = self._encoder.scheme
+        report = measured(self.plan, scheme.short, (base, delta, lost), scheme.name)
+        return replace(report, surviving=found / delta if delta else 1.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from loratools.algebra import linalg
 from loratools.algebra.device import Device
 from loratools.operations.fuse.blocks import BUFFERS, Block, fused_blocks, single_precision
 from loratools.operations.fuse.plan import TensorPlan
-from loratools.operations.fuse.terms import RowsTerm, Term, View, load_terms, stacked
+from loratools.operations.fuse.terms import RowsTerm, Term, View, load_terms
 from loratools_formats.core.dtypes import Array, round_into
 from loratools_formats.disk.errors import AdapterError, LoratoolsError
 
@@ -75,7 +75,7 @@ def fuse_tensor(
     Raises:
         AdapterError: NaN or infinite values in the base, or in the result.
     """
-    view = View.of(plan.source.shape, stacked=stacked(plan.changes))
+    view = View.of(plan.source.shape, plan.changes)
     terms = load_terms(plan.changes, view)
     dtype = plan.dtype.numpy_dtype()
     single = single_precision(view, terms, plan.dtype.code, base_code=plan.source.dtype.code)
@@ -101,17 +101,28 @@ def fuse_tensor(
             if error > _SHOWS * squared:
                 gained += inner_product(lost, change)
         delta += squared
-    if not math.isfinite(rounding + base + delta):
-        raise not_finite(plan, plan.dtype.code)
-    return TensorReport(
-        plan.key,
-        plan.modules,
-        plan.dtype.code,
-        math.sqrt(base),
-        math.sqrt(delta),
-        math.sqrt(rounding),
-        rounded=None if plan.replaces else 1.0 + gained / delta if delta else 1.0,
-    )
+    rounded = None if plan.replaces else 1.0 + gained / delta if delta else 1.0
+    report = measured(plan, plan.dtype.code, (base, delta, rounding))
+    return replace(report, rounded=rounded)
+
+
+def measured(
+    plan: TensorPlan, dtype: str, squares: tuple[float, float, float], scheme: str | None = None
+) -> TensorReport:
+    """Return the report of a tensor.
+
+    Args:
+        plan: the tensor.
+        dtype: what reports call the type that it is stored in.
+        squares: ‖W‖², ‖ΔW‖² and ‖W' − (W + ΔW)‖² of its elements.
+        scheme: what errors call the type, if not the same.
+
+    Raises:
+        AdapterError: values are not finite.
+    """
+    if not math.isfinite(sum(squares)):
+        raise not_finite(plan, scheme or dtype)
+    return TensorReport(plan.key, plan.modules, dtype, *map(math.sqrt, squares))
 
 
 def inner_product(x: Array, y: Array) -> float:

@@ -19,8 +19,17 @@ from loratools.kinds.declaration import Rows
 from loratools.operations.fuse.streamed import StreamedPlacement
 from loratools_formats.core.change import LowRank
 from loratools_formats.core.dtypes import Array, converted
+from loratools_formats.core.factors import NOT_FINITE
 from loratools_formats.core.orientation import OTHER_BASE
 from loratools_formats.disk.errors import AdapterError
+
+
+@dataclass(frozen=True)
+class WeightedChange:
+    """One adapter's change of one tensor, with the adapter's weight."""
+
+    placement: Placement | BiasPlacement | StreamedPlacement
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -32,21 +41,21 @@ class View:
     columns: int
 
     @classmethod
-    def of(cls, shape: tuple[int, ...], *, stacked: bool) -> View:
-        """Return the view of (out, in), (out, in, *kernel), (n,), or of a stack of experts."""
+    def of(cls, shape: tuple[int, ...], changes: Sequence[WeightedChange]) -> View:
+        """Return the view of (out, in), (out, in, *kernel), (n,), or of a stack of experts.
+
+        Changes of a convolution see one matrix, whatever the number of axes.
+        """
         if len(shape) < 2:
             return cls(1, math.prod(shape), 1)
-        if stacked and len(shape) == 3:
+        is_stack = any(
+            isinstance(change.placement, Placement)
+            and change.placement.delta.require_factors().layer.kind != "conv"
+            for change in changes
+        )
+        if is_stack and len(shape) == 3:
             return cls(shape[0], shape[1], math.prod(shape[2:]))
         return cls(1, shape[0], math.prod(shape[1:]))
-
-
-@dataclass(frozen=True)
-class WeightedChange:
-    """One adapter's change of one tensor, with the adapter's weight."""
-
-    placement: Placement | BiasPlacement | StreamedPlacement
-    weight: float
 
 
 @dataclass(frozen=True)
@@ -112,18 +121,6 @@ class RowsTerm:
     values: Rows
     weight: float
     is_product: bool = False
-
-
-def stacked(changes: Sequence[WeightedChange]) -> bool:
-    """Return whether the tensor that is changed is a stack of matrices if it has three axes.
-
-    Those of a convolution are one matrix, whatever their number.
-    """
-    return any(
-        isinstance(change.placement, Placement)
-        and change.placement.delta.require_factors().layer.kind != "conv"
-        for change in changes
-    )
 
 
 def load_terms(changes: Sequence[WeightedChange], view: View) -> list[list[Term | RowsTerm]]:
@@ -203,7 +200,7 @@ def _loaded(part: LowRank, placement: Placement) -> tuple[Array, Array]:
         wide = tensor.dtype.code == "F64"
         values = converted(stored, np.float64 if wide else np.float32)
         if not np.isfinite(values).all():
-            raise AdapterError("factor holds NaN or infinite values", tensor=tensor.key)
+            raise AdapterError(NOT_FINITE, tensor=tensor.key)
         arrays.append(values)
     return arrays[0], arrays[1]
 

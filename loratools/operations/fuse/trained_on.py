@@ -15,6 +15,7 @@ from loratools.base.fourbit.encode import FourBitOptions
 from loratools_formats.checkpoints.checkpoint import CONFIG_FILE
 from loratools_formats.checkpoints.quantization import quantization_of
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.file_names import CARD
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import AdapterError, OptionError, printable
 from loratools_formats.disk.files import is_trouble
@@ -87,11 +88,11 @@ def _told(adapter: Adapter) -> tuple[str, str] | None:
 
 def _card(adapter: Adapter) -> str:
     """Return the text of an adapter's card; empty if it has none."""
-    kept = adapter.attachments.get("README.md")
+    kept = adapter.attachments.get(CARD)
     if isinstance(kept, bytes):
         return kept[:_MOST_BYTES].decode("utf-8", "replace")
     folder = adapter.source
-    path = kept or (folder / "README.md" if folder is not None and folder.is_dir() else None)
+    path = kept or (folder / CARD if folder is not None and folder.is_dir() else None)
     if path is None or not path.is_file():
         return ""
     with path.open("rb") as file:

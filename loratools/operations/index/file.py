@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -161,6 +162,9 @@ def read_index(path: str | os.PathLike[str]) -> Index:
         AdapterError: not a sound index.
         UnsupportedError: of another version.
     """
+    if os.path.isdir(path):
+        hint = f"Make one of it: loratools fleet index {shlex.quote(os.fspath(path))} -o INDEX"
+        raise AdapterError("is a folder; expected an index of adapters", path=path, hint=hint)
     opened = read_safetensors(path)
     try:
         return _parsed(opened, Path(path))

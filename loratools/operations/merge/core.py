@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from loratools.algebra.one_matrix import column_signs
 from loratools.operations.merge.elementwise import ties
 from loratools.operations.merge.methods import Method
 from loratools.operations.merge.sign_election import Flavor, MajoritySign
@@ -38,8 +39,7 @@ def knots(
     kept = max(1, _nonzero(s))
     u, s = u[:, :kept], s[:kept]
     # Where votes are even, TIES chooses +, so the arbitrary signs of an SVD must be settled.
-    left = space.u @ u
-    u = u * np.where(-left.min(axis=0) > left.max(axis=0), -1.0, 1.0)
+    u = u * column_signs(space.u @ u)
     # Not the SVD's own right factors: where an adapter has no delta, those are noise, which votes.
     vt = (u.T @ joined) / np.where(s > 0.0, s, 1.0)[:, None]
     aligned = [DenseRows(vt[:, t * width : (t + 1) * width] @ space.v.T) for t in range(count)]

@@ -296,7 +296,12 @@ def sce(tasks: Tasks, weights: Array, *, density: float = 1.0, lambda_: float = 
 
 
 TIES = Method(
-    "ties", "elementwise", "Trim, elect signs, average what agrees.", "arXiv 2306.01708", ties
+    "ties",
+    "elementwise",
+    "Trim, elect signs, average what agrees.",
+    "arXiv 2306.01708",
+    ties,
+    scales=True,
 )
 MAGNITUDE_PRUNE = Method(
     "magnitude_prune",
@@ -304,6 +309,7 @@ MAGNITUDE_PRUNE = Method(
     "Trim to the largest entries, then sum.",
     "PEFT merge_utils",
     magnitude_prune,
+    scales=True,
 )
 DARE_LINEAR = Method(
     "dare_linear",
@@ -311,6 +317,7 @@ DARE_LINEAR = Method(
     "Drop at random and rescale, then sum.",
     "arXiv 2311.03099",
     dare_linear,
+    scales=True,
 )
 DARE_TIES = Method(
     "dare_ties",
@@ -318,6 +325,7 @@ DARE_TIES = Method(
     "Drop at random, rescale, elect signs.",
     "arXiv 2311.03099",
     dare_ties,
+    scales=True,
 )
 DELLA = Method(
     "della",
@@ -325,6 +333,7 @@ DELLA = Method(
     "Drop small entries more likely, elect signs.",
     "arXiv 2406.11617",
     della,
+    scales=True,
 )
 BREADCRUMBS = Method(
     "breadcrumbs",
@@ -332,6 +341,7 @@ BREADCRUMBS = Method(
     "Drop the largest and the smallest entries, then sum.",
     "arXiv 2312.06795",
     breadcrumbs,
+    scales=True,
 )
 SCE = Method(
     "sce",

@@ -46,6 +46,7 @@ class Method:
         least: smallest number of adapters.
         most: largest number of adapters, None if any.
         uncompressed: whether the result keeps the rank of the sum unless another is asked for.
+        scales: whether the result is zero where every weight is; modules of such are left out.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Method:
     least: int = 1
     most: int | None = None
     uncompressed: bool = False
+    scales: bool = False
 
     @functools.cached_property
     def parameters(self) -> dict[str, Any]:

@@ -18,7 +18,8 @@ import numpy as np
 from loratools.algebra import linalg
 from loratools.algebra.device import Device
 from loratools.algebra.one_matrix import Matrix
-from loratools.algebra.streamed_svd import RowStore, StreamedMatrix, streamed_svd
+from loratools.algebra.row_blocks import RowStore
+from loratools.algebra.streamed_svd import StreamedMatrix, streamed_svd
 from loratools.base.placement.names import Names
 from loratools.base.weights import find_base_module
 from loratools.folding.decomposed import rows_of
@@ -39,6 +40,7 @@ from loratools.operations.merge.tasks import (
 from loratools.work.seeds import seed_of_matrix
 from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.dtypes import Array
+from loratools_formats.core.factors import NOT_FINITE
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 Space = Literal["full", "core"]
@@ -173,7 +175,7 @@ def pairs_of(delta: ModuleChange) -> list[FactorPair]:
     for b, a in loaded(part):
         for values, tensor in ((a, part.a), (b, part.b)):
             if not (math.isfinite(values.sum()) or np.isfinite(values).all()):
-                raise AdapterError("factor holds NaN or infinite values", tensor=tensor.key)
+                raise AdapterError(NOT_FINITE, tensor=tensor.key)
         scaled: Array = np.multiply(b, part.scale, out=b if b.flags.writeable else None)
         pairs.append((scaled, a))
     return pairs

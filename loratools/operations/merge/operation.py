@@ -69,6 +69,7 @@ from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.dtypes import Array, common_dtype
+from loratools_formats.core.file_names import CARD
 from loratools_formats.core.metadata import merged_from
 
 _OVERSAMPLE = 10
@@ -220,7 +221,7 @@ class _Merge(Ranked[_Merged, Measured]):
             carried=agreed_carried(self.inputs, self.merge_options.replacements),
             config=_config(first, self.inputs),
             # The first adapter's card does not describe the result.
-            attachments={k: v for k, v in first.attachments.items() if k != "README.md"},
+            attachments={k: v for k, v in first.attachments.items() if k != CARD},
             metadata={**first.metadata, **titles},
             inputs=tuple(file for item in self.inputs for file in item.adapter.inputs),
         )

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from loratools.algebra import linalg
+from loratools.algebra.one_matrix import column_signs
 from loratools_formats.core.dtypes import Array
 
 _RELATIVE_FLOOR = 1e-10
@@ -73,7 +74,7 @@ def _basis(stacked: Array) -> Array:
     left, sizes, _ = np.linalg.svd(r)
     count = max(1, int(np.count_nonzero(sizes > _RELATIVE_FLOOR * sizes[0])))
     basis: Array = q @ left[:, :count]
-    return basis * np.where(-basis.min(axis=0) > basis.max(axis=0), -1.0, 1.0)
+    return basis * column_signs(basis)
 
 
 def lifted(space: SharedSpace, core: Array) -> tuple[Array, Array]:

@@ -132,6 +132,7 @@ LINEAR = Method(
     "Weighted sum of the deltas (task arithmetic), exact.",
     "arXiv 2212.04089",
     linear,
+    scales=True,
 )
 CAT = Method(
     "cat",
@@ -140,6 +141,7 @@ CAT = Method(
     "PEFT add_weighted_adapter",
     cat,
     uncompressed=True,
+    scales=True,
 )
 FEDEX = Method(
     "fedex",

@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from loratools.algebra.streamed_svd import row_spans
+from loratools.algebra.row_blocks import row_spans
 from loratools.operations.merge.selection import SAMPLE, Blocks, largest
 from loratools.work.buffers import Buffers
 from loratools.work.parallel import in_parts

@@ -12,19 +12,12 @@ from dataclasses import replace
 import numpy as np
 
 from loratools.operations.merge.align import AlignedModule, MergeInput
+from loratools.operations.merge.methods import get_method
 from loratools.operations.merge.options import MergeOptions
 from loratools.work.regexes import is_found
 from loratools_formats.core.adapter import Addition
 from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import OptionError
-
-_SCALING = frozenset(
-    {
-        "linear", "cat", "ties", "magnitude_prune", "dare_linear", "dare_ties", "della",
-        "breadcrumbs",
-    }
-)  # fmt: skip
-"""Methods whose result is zero if every weight is zero."""
 
 
 def heard(
@@ -42,7 +35,7 @@ def heard(
     Raises:
         OptionError: there are no modules of the first sort.
     """
-    if options.method not in _SCALING or options.parameters.get("normalize"):
+    if not get_method(options.method).scales or options.parameters.get("normalize"):
         return modules, ()
     silent = tuple(
         module.name

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from loratools.algebra.streamed_svd import row_spans
+from loratools.algebra.row_blocks import row_spans
 from loratools.base.shape_only import ShapeOnly
 from loratools.folding.decomposed import rows_of
 from loratools.folding.module import checked_form, known_shape

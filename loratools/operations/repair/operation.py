@@ -38,16 +38,17 @@ from loratools.lowrank.planned import PlannedFactors
 from loratools.lowrank.resize import ComputeOptions, Resizer
 from loratools.operations.repair.result import RepairOptions, RepairReport, RepairResult
 from loratools.operations.reported import ratio
-from loratools.work.parallel import in_order
+from loratools.work.parallel import done_in_order
 from loratools.work.provenance import operation_record, record_metadata
 from loratools.work.requests import Progress
 from loratools.work.scratch import Scratch
-from loratools.work.selection import Selection
+from loratools.work.selection import Selection, require_selected
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.commands import command_on
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.dtypes import Array, encode
+from loratools_formats.core.factors import NOT_FINITE
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 from loratools_formats.disk.provenance import with_record
 
@@ -126,14 +127,12 @@ def repair(
             )
     work = _Repair(adapter, options, base, compute or ComputeOptions(), scratch_folder)
     selection = selection or Selection()
-    if not any(name in selection for name in adapter.modules):
-        raise AdapterError("no module is selected", path=adapter.source)
-    outcomes: list[_Outcome] = []
-    names = list(adapter.modules)
-    for outcome in in_order(lambda name: work.one(name, touched=name in selection), names, workers):
-        outcomes.append(outcome)
-        if progress is not None:
-            progress(len(outcomes), len(names))
+    require_selected(selection, adapter.modules, "repair", adapter.source)
+
+    def one(name: str) -> _Outcome:
+        return work.one(name, touched=name in selection)
+
+    outcomes = done_in_order(one, adapter.modules, workers, progress)
     outcomes = work.without_dead(outcomes, selection)
     record = options.record() | selection.record()
     if work.compute.dtype is not None:
@@ -205,7 +204,7 @@ class _Repair:
         values = finite_vector(magnitude, "magnitude")
         direction = delta.scale * (b.astype(np.float64) @ a)
         if not np.isfinite(direction).all():
-            raise AdapterError("factor holds NaN or infinite values", tensor=report.name)
+            raise AdapterError(NOT_FINITE, tensor=report.name)
         dora = DoraWeight(weight, direction, values)
         merged = dora.merged
         squared = float(np.sum((merged - weight) ** 2))

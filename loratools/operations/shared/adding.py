@@ -23,7 +23,7 @@ from loratools.operations.shared.members import (
 )
 from loratools.operations.shared.operation import as_shelf
 from loratools.work.declared import option
-from loratools.work.parallel import in_order
+from loratools.work.parallel import done_in_order
 from loratools.work.provenance import operation_record
 from loratools.work.requests import Progress
 from loratools.work.scratch import Scratch
@@ -143,11 +143,7 @@ def add(
         }
         return sum(each.squared_norm for each in triplets), fits
 
-    found: dict[str, tuple[float, dict[int, tuple[TensorRef, float]]]] = {}
-    for module, fit in zip(changes, in_order(one, changes, workers), strict=True):
-        found[module] = fit
-        if progress is not None:
-            progress(len(found), len(changes))
+    found = dict(zip(changes, done_in_order(one, changes, workers, progress), strict=True))
     norm = float(sum(size for size, _ in found.values()))
     if not norm > 0.0:
         raise AdapterError(

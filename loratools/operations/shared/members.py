@@ -19,6 +19,7 @@ from loratools_formats.contract.commands import command_on
 from loratools_formats.contract.shared_set import Member, is_shared_set, possible_name
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import LowRank
+from loratools_formats.core.factors import NOT_FINITE
 from loratools_formats.core.file_names import without_ending
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef
@@ -112,7 +113,7 @@ def triplets_of(name: str, factors: LowRank, source: Path | None) -> list[Triple
     found = []
     for b, a in loaded(factors, narrow=True):
         if not (np.isfinite(b).all() and np.isfinite(a).all()):
-            raise AdapterError("factor holds NaN or infinite values", path=source, tensor=name)
+            raise AdapterError(NOT_FINITE, path=source, tensor=name)
         thin = Thin(b, a, factors.scale, use_gram=not wide)
         if not np.isfinite(thin.squared_norm):
             raise AdapterError("squares of the factors overflow float64", path=source, tensor=name)

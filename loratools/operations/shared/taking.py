@@ -7,7 +7,7 @@ what sharing had lost stays lost, and the set says how much that was.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from loratools.lowrank.resize import ComputeOptions, Resizer
 from loratools.operations.reported import ratio
 from loratools.operations.shared.bases import cores_of, finite
 from loratools.work.declared import option
-from loratools.work.parallel import in_order
+from loratools.work.parallel import done_in_order
 from loratools.work.provenance import operation_record, record_metadata
 from loratools.work.requests import Progress
 from loratools.work.scratch import Scratch
@@ -29,7 +29,7 @@ from loratools_formats.contract.shared_set_read import parsed
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.dtypes import Array
-from loratools_formats.disk.errors import OptionError
+from loratools_formats.disk.errors import OptionError, and_more
 from loratools_formats.disk.provenance import with_record
 
 
@@ -83,12 +83,12 @@ def chosen(shelf: Adapter, options: TakeOptions) -> list[str]:
             if everyone
             else "no adapter of the set is named",
             expected="names, or `all=True`",
-            hint=f"It holds {_listed(members)}",
+            hint=f"It holds {and_more(members, 8)}",
         )
     for name in names:
         if name not in members:
             raise OptionError(
-                "the set holds no such adapter", got=name, hint=f"It holds {_listed(members)}"
+                "the set holds no such adapter", got=name, hint=f"It holds {and_more(members, 8)}"
             )
     return [name for name in members if everyone or name in names]
 
@@ -124,19 +124,13 @@ def take(
         for module in shared.modules.values()
         if member.group in module.parts and place in module.parts[member.group].members
     ]
-    changes: dict[str, ModuleChange] = {}
-    lost = whole = 0.0
 
     def one(entry: tuple[SharedModule, Part]) -> tuple[ModuleChange, float, float]:
         return _change(*entry, place, member, shared, resizer)
 
-    for (module, _), (change, error, norm) in zip(
-        owned, in_order(one, owned, compute.threads), strict=True
-    ):
-        changes[module.name] = change
-        lost, whole = lost + error, whole + norm
-        if progress is not None:
-            progress(len(changes), len(owned))
+    done = done_in_order(one, owned, compute.threads, progress)
+    changes = {entry[0].name: change for entry, (change, _, _) in zip(owned, done, strict=True)}
+    lost, whole = sum(error for _, error, _ in done), sum(norm for _, _, norm in done)
     record = _record(shelf, name, compute)
     adapter = Adapter(
         format="peft",
@@ -202,7 +196,3 @@ def _matrix(u: Array, core: Array, v: Array) -> Matrix:
 def _base_model(config: Mapping[str, Any], shared: SharedSet) -> str | None:
     named = config.get("base_model_name_or_path")
     return named if isinstance(named, str) else shared.base_model
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -26,9 +26,9 @@ from loratools.operations.spectrum.beside_base import beside_base
 from loratools.operations.spectrum.findings import findings
 from loratools.operations.spectrum.result import BaseMeasures, MatrixReport, SpectrumResult
 from loratools.operations.spectrum.suggested import suggestions, table
-from loratools.work.parallel import in_order
+from loratools.work.parallel import done_in_order
 from loratools.work.requests import Progress
-from loratools.work.selection import Selection
+from loratools.work.selection import Selection, require_selected
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.findings import Finding
@@ -69,9 +69,9 @@ def spectrum(
     """
     adapter = straight_beside(adapter, base)
     opener = ThinModules(adapter, base, "spectrum", given)
-    names = [name for name in opener.modules if name in (selection or Selection())]
-    if not names:
-        raise AdapterError("no module is selected", path=adapter.source)
+    selection = selection or Selection()
+    require_selected(selection, opener.modules, "measure", adapter.source)
+    names = [name for name in opener.modules if name in selection]
     beside = None if base is None else WeightsBeside(opener.adapter, base)
     options = intruders or IntruderOptions()
 
@@ -87,11 +87,7 @@ def spectrum(
         ]
         return reports, module.without_matrices(), note
 
-    done: list[Opened] = []
-    for outcome in in_order(one, names, workers):
-        done.append(outcome)
-        if progress is not None:
-            progress(len(done), len(names))
+    done = done_in_order(one, names, workers, progress)
     matrices = _scored([report for reports, _, _ in done for report in reports])
     if references:
         matrices = reference_scores(matrices, references, base)

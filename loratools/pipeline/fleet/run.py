@@ -18,7 +18,8 @@ from loratools.pipeline.fleet.manifest import Manifest
 from loratools.pipeline.fleet.outcome import Outcome
 from loratools.pipeline.fleet.shared import forget_decompositions
 from loratools.pipeline.fleet.sources import Member, members
-from loratools.pipeline.fleet.store import OWN, Store, store_of
+from loratools.pipeline.fleet.store import OWN, Store
+from loratools.pipeline.fleet.stores import store_of
 from loratools.pipeline.fleet.task import Task, planned
 from loratools.pipeline.fleet.verbs import Verb, get_verb
 from loratools.work.cluster import Engine, has_dask

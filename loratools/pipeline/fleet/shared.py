@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-from loratools.pipeline.fleet.store import OWN, Folder, Store
+from loratools.pipeline.fleet.store import OWN, Store
+from loratools.pipeline.fleet.stores import Folder
 from loratools.pipeline.fleet.verbs import Verb
 from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from loratools_formats.disk.errors import LoratoolsError

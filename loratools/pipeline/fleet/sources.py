@@ -18,8 +18,9 @@ from pathlib import Path
 from loratools.hub.references import Reference, Want, is_explicit, parse, parse_target
 from loratools.pipeline.fleet.addresses import address, canonical, listed, without_scheme
 from loratools.work.collection import adapters_in, is_named_as_adapter, outputs_below
+from loratools_formats.contract.path_kinds import missing
 from loratools_formats.core.file_names import ADAPTER_CONFIG
-from loratools_formats.disk.errors import AdapterError, MissingFileError, OptionError
+from loratools_formats.disk.errors import AdapterError, OptionError
 
 _LISTS = (".txt", ".list", ".lst")
 _MOST_LINES = 10_000_000
@@ -169,7 +170,7 @@ def _local(text: str, want: Want) -> list[Path]:
         found = [Path(text)]
     for path in found:
         if not os.path.lexists(path):
-            raise MissingFileError("no such file or folder", path=path)
+            raise missing(path)
     return found
 
 

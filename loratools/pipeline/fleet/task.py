@@ -17,7 +17,8 @@ from loratools.pipeline.fleet.key import digests_read, is_current, key_of, repor
 from loratools.pipeline.fleet.origin import Origin, Seen, origin_of
 from loratools.pipeline.fleet.outcome import Outcome, State
 from loratools.pipeline.fleet.shared import decompositions, shared_inputs
-from loratools.pipeline.fleet.store import OWN, Folder, Store, store_of
+from loratools.pipeline.fleet.store import OWN, Store
+from loratools.pipeline.fleet.stores import Folder, store_of
 from loratools.pipeline.fleet.verbs import get_verb
 from loratools.work.call import Call
 from loratools.work.memory import keep_memory
@@ -32,7 +33,7 @@ from loratools_formats.disk.errors import (
     UnsupportedError,
     printable,
 )
-from loratools_formats.disk.provenance import PROVENANCE_FILE
+from loratools_formats.disk.provenance import beside_name
 
 _ATTEMPTS = f"{OWN}/attempts"
 _MOST_ATTEMPTS = 2
@@ -230,7 +231,7 @@ class _Work:
         said = report_statement(self._verb, self._call, origin, others, data, path)
         local = store_of(path.parent)
         # The statement is read first: a report without one is not ours and is not replaced.
-        local.write(f"{path.name}.{PROVENANCE_FILE}", said)
+        local.write(beside_name(path.name), said)
         if not local.write(path.name, data, new=not self._task.overwrite):
             raise OutputExistsError("the output appeared meanwhile", path=path)
         return result

@@ -10,15 +10,12 @@ from loratools_formats.core.change import Layer, LowRank, ModuleChange
 from loratools_formats.core.dtypes import DType, common_dtype, dtype_of_multiples, encode
 from loratools_formats.core.expert_names import LISTED, OF_MIXTRAL, SINGLE
 from loratools_formats.core.flat_experts import FLAT, singles_of
+from loratools_formats.core.peft_facts import NESTED
 from loratools_formats.core.tensors import TensorRef, joined
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.formats.gguf.architectures import Architecture, Module
 from loratools_formats.formats.gguf.gate_up import GATE, UP
 from loratools_formats.formats.gguf.layouts import halves, whole
-
-NESTED = ".base_layer"
-"""What PEFT puts behind a module's path for each further parameter of it that is adapted."""
-
 
 _OLD = re.compile(r"(?P<block>.*\bblock_sparse_moe)\.(?P<leaf>input|output)_linear")
 

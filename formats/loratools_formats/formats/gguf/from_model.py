@@ -14,6 +14,7 @@ from dataclasses import replace
 from loratools_formats.containers.gguf.container import KeyValue, is_gguf
 from loratools_formats.containers.gguf.cursor import ARRAY
 from loratools_formats.containers.gguf.splits import GgufModel, read_model
+from loratools_formats.contract.commands import command_on
 from loratools_formats.contract.format import Context, Loss
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.alora import invocation_tokens
@@ -21,7 +22,7 @@ from loratools_formats.core.change import Layer, LowRank, ModuleChange
 from loratools_formats.core.orientation import exchanged, is_transposed
 from loratools_formats.core.peft_facts import owner
 from loratools_formats.core.tensors import TensorRef
-from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError
+from loratools_formats.disk.errors import AdapterError, UnsupportedError, naming
 from loratools_formats.disk.files import RegularFile
 from loratools_formats.formats.gguf.architectures import Module, is_joined, numbered
 from loratools_formats.formats.gguf.base import Base, read_base
@@ -61,8 +62,8 @@ def from_model(adapter: Adapter, context: Context) -> Adapter:
     stacks: dict[str, dict[int, LowRank]] = {}
     modules: dict[str, ModuleChange] = {}
     for path, delta in flat_apart(today(adapter.modules), base.sizes.experts).items():
-        try:
-            for name, expert, part in _placed(path, plain_factors(delta), base):
+        with naming(tensor=path):
+            for name, expert, part in _placed(path, plain_factors(delta, adapter), base):
                 known = name in modules if expert is None else expert in stacks.get(name, {})
                 if known:
                     raise AdapterError("two modules become the same GGUF tensor", got=name)
@@ -70,9 +71,6 @@ def from_model(adapter: Adapter, context: Context) -> Adapter:
                     modules[name] = ModuleChange(part)
                 else:
                     stacks.setdefault(name, {})[expert] = part
-        except LoratoolsError as error:
-            error.tensor = error.tensor or path
-            raise
     for name, found in stacks.items():
         if name in modules:
             raise AdapterError(
@@ -130,8 +128,8 @@ def _invocation(adapter: Adapter) -> dict[str, KeyValue]:
     return {} if tokens is None else {INVOCATION_KEY: KeyValue(ARRAY, tokens, "u32", len(tokens))}
 
 
-def plain_factors(delta: ModuleChange) -> LowRank:
-    """Return a delta if llama.cpp has its kind.
+def plain_factors(delta: ModuleChange, adapter: Adapter) -> LowRank:
+    """Return a delta of an adapter if llama.cpp has its kind.
 
     Raises:
         UnsupportedError: it is a DoRA, or has a bias.
@@ -139,8 +137,7 @@ def plain_factors(delta: ModuleChange) -> LowRank:
     if delta.is_dora:
         raise UnsupportedError(
             "llama.cpp has no DoRA",
-            hint="Make it a plain LoRA first: "
-            "loratools to-lora ADAPTER --base MODEL --rank 16 -o plain",
+            hint="Make it a plain LoRA first: " + command_on(adapter, "to-lora", "--base MODEL"),
         )
     part = delta.require_factors()
     if part.bias is not None:

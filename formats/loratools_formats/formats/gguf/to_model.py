@@ -13,11 +13,12 @@ from loratools_formats.contract.format import Context
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.alora import INVOCATION_TOKENS
 from loratools_formats.core.change import Layer, LowRank, ModuleChange
+from loratools_formats.core.peft_facts import NESTED
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.formats.gguf.architectures import ARCHITECTURES, Architecture, Module
 from loratools_formats.formats.gguf.base import read_base
-from loratools_formats.formats.gguf.experts import NESTED, stacks_apart
+from loratools_formats.formats.gguf.experts import stacks_apart
 from loratools_formats.formats.gguf.from_model import in_order, plain_factors, with_base
 from loratools_formats.formats.gguf.gate_up import cut, side_by_side
 from loratools_formats.formats.gguf.layouts import Sizes
@@ -68,7 +69,7 @@ def to_model(adapter: Adapter, context: Context) -> Adapter:
             )
         origin = _Origin(*found)
         origins[origin.path] = origin
-        parts.setdefault(origin.path, {})[origin.part] = plain_factors(delta)
+        parts.setdefault(origin.path, {})[origin.part] = plain_factors(delta, adapter)
     prefix = "model." if base is None else base.prefix
     modules: dict[str, ModuleChange] = {}
     for path, found_parts in parts.items():

@@ -23,6 +23,7 @@ from loratools_formats.containers.gguf.ggml_types import BY_NAME, GgmlType, deco
 from loratools_formats.contract.format import Loss
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import ModuleChange
+from loratools_formats.core.factors import NOT_FINITE
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -85,7 +86,7 @@ class Planned:
             values = decode(stored.data, self.kind, self.shape)
         if not np.isfinite(values.astype(np.float32, copy=False)).all():
             raise AdapterError(
-                "factor holds NaN or infinite values",
+                NOT_FINITE,
                 tensor=self.source.key,
                 expected=f"numbers within the range of {self.kind.name}",
             )

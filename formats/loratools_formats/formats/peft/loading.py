@@ -19,7 +19,7 @@ from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.file_names import ADAPTER_CONFIG
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.peft_facts import ALL_LINEAR, refused_modules
-from loratools_formats.disk.errors import AdapterError
+from loratools_formats.disk.errors import AdapterError, and_more
 from loratools_formats.formats.peft import keys
 from loratools_formats.formats.peft.patterns import is_plain, match_patterns, matching
 
@@ -47,13 +47,13 @@ def loading_findings(adapter: Adapter) -> list[Finding]:
         text = f"it is not known whether target_modules names every module: {error.message}"
         return [Finding("targets-unclear", "note", "target_modules", text)]
     if missed:
-        more = f" and {len(missed) - 1} more" if len(missed) > 1 else ""
+        paths = [names[name] for name in missed]
         text = (
-            f"PEFT makes no layer for {names[missed[0]]}{more} and drops the tensors, since "
+            f"PEFT makes no layer for {and_more(paths)} and drops the tensors, since "
             f"{_chooser(values)} in {ADAPTER_CONFIG} leaves it out"
         )
         hint = "Name the modules in target_modules"
-        found.append(Finding("not-targeted", "error", names[missed[0]], text, hint))
+        found.append(Finding("not-targeted", "error", paths[0], text, hint))
     return [*found, *_targets_without_tensors(values, list(names)), *_unmatched(adapter)]
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from loratools_formats.core.adapter import ExpertLayout
 from loratools_formats.core.change import Layer, LowRank, ModuleChange
-from loratools_formats.core.factors import check_factor, flattened_convolution
+from loratools_formats.core.factors import check_factor, check_magnitude, flattened_convolution
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.peft_facts import square_orientation
 from loratools_formats.core.tensors import TensorRef
@@ -161,14 +161,7 @@ def _with_magnitude(
         return ModuleChange(direction)
     if not config.use_dora:
         raise _contradiction(magnitude, "a magnitude, but config use_dora is not true", folder)
-    if magnitude.numel != direction.shape[0]:
-        raise AdapterError(
-            "magnitude does not fit the module",
-            path=folder,
-            tensor=magnitude.key,
-            got=list(magnitude.shape),
-            expected=f"{direction.shape[0]} elements",
-        )
+    check_magnitude(magnitude, direction.shape[0], folder)
     return ModuleChange(direction, magnitude)
 
 

@@ -28,9 +28,9 @@ from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.distant import is_there
 from loratools_formats.disk.errors import (
-    LoratoolsError,
     MissingFileError,
     UnsupportedError,
+    naming,
 )
 from loratools_formats.disk.files import RegularFile, inside
 from loratools_formats.disk.provenance import PROVENANCE_FILE, RECIPE_FILE
@@ -72,11 +72,8 @@ def read(path: Path) -> Adapter:
     is_named = path.name in WEIGHTS_OF_PEFT
     renamed = None if is_named or path.is_dir() or not path.is_file() else path
     folder = path.parent if is_named or renamed is not None else path
-    try:
+    with naming(renamed or folder):
         return _read(folder, renamed)
-    except LoratoolsError as error:
-        error.path = error.path or str(renamed or folder)
-        raise
 
 
 def _read(folder: Path, renamed: Path | None) -> Adapter:

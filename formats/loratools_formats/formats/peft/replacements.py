@@ -18,8 +18,9 @@ from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.peft_facts import PREFIX
 from loratools_formats.core.tensors import TensorRef
-from loratools_formats.disk.errors import AdapterError, printable
+from loratools_formats.disk.errors import AdapterError, and_more, printable
 from loratools_formats.formats.peft import keys
+from loratools_formats.formats.peft.targets import paths_to
 
 _LORA_WORD = re.compile(r"(?<![a-z])lora(?![a-z])", re.IGNORECASE)
 
@@ -73,12 +74,12 @@ def about_unknown(
     ]
     if not unknown:
         return []
-    more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+    shown = [printable(name) for name in unknown]
     text = (
-        f"{printable(unknown[0])}{more}: not known; PEFT and `fuse` put such a tensor over the "
+        f"{and_more(shown)}: not known; PEFT and `fuse` put such a tensor over the "
         "base's of the same name, if there is one"
     )
-    return [Finding("unknown-tensors", "warning", printable(unknown[0]), text)]
+    return [Finding("unknown-tensors", "warning", shown[0], text)]
 
 
 def _belongs_to_training(values: Mapping[str, Any], name: str) -> bool:
@@ -93,7 +94,7 @@ def _refuse_if_beside_factors(
 ) -> None:
     leaf = name.rpartition(".")[2]
     path = name.removeprefix(PREFIX)
-    owners = [part for part in _prefixes(path) if part in modules]
+    owners = [part for part in paths_to(path) if part in modules]
     wrapped = {f"{owner}.{leaf}" for owner in owners} | {
         f"{owner}.base_layer.{leaf}" for owner in owners
     }
@@ -108,11 +109,6 @@ def _refuse_if_beside_factors(
         tensor=name,
         hint="This is a variant of LoRA that is not supported, or a foreign tensor",
     )
-
-
-def _prefixes(path: str) -> list[str]:
-    parts = path.split(".")
-    return [".".join(parts[:count]) for count in range(1, len(parts))]
 
 
 def _token_rows(
@@ -140,7 +136,7 @@ def _token_rows(
 def _replacement_kind(values: Mapping[str, Any], name: str, target: str) -> Any:
     path, _, leaf = target.rpartition(".")
     saved = values.get("modules_to_save") or ()
-    if any(prefix.endswith(entry) for entry in saved for prefix in [*_prefixes(target), path]):
+    if any(prefix.endswith(entry) for entry in saved for prefix in [*paths_to(target), path]):
         return "module"
     if leaf == "bias" and values.get("bias", "none") != "none":
         return "bias"

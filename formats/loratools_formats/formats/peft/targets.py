@@ -75,7 +75,7 @@ def narrowed_config(adapter: Adapter) -> Mapping[str, Any]:
     if values.get("target_parameters"):
         named = [each for each in values["target_parameters"] if _ends(each, parameters)]
         values["target_parameters"] = named or None
-    saved = {path for r in adapter.replacements.values() for path in _paths_to(r.target)}
+    saved = {path for r in adapter.replacements.values() for path in paths_to(r.target)}
     if values.get("modules_to_save"):
         named = [e for e in values["modules_to_save"] if any(path.endswith(e) for path in saved)]
         values["modules_to_save"] = named or None
@@ -93,7 +93,7 @@ def _ends(name: str, paths: Iterable[str]) -> bool:
     return any(path == name or path.endswith(f".{name}") for path in paths)
 
 
-def _paths_to(target: str) -> list[str]:
+def paths_to(target: str) -> list[str]:
     """Return the modules that a tensor is in, the outermost first."""
     parts = target.split(".")
     return [".".join(parts[:count]) for count in range(1, len(parts))]

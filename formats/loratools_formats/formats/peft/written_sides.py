@@ -114,7 +114,7 @@ def _is_told(path: str, part: LowRank, seen: _Flat) -> bool:
 def _seen(adapter: Adapter) -> _Flat | None:
     """Return what a reader sees; None if it would refuse the file."""
     config = PeftConfig(adapter.config)
-    parts = {n: c.factors for n, c in adapter.modules.items() if c.factors is not None}
+    parts = adapter.factors()
     named = {n: Setting(p.layer.parameters, 0.0, p.rank) for n, p in parts.items()}
     stacks = {n: Sides(p.shape[1], p.shape[0]) for n, p in parts.items() if _is_stack(p)}
     inputs = {n: p.shape[1] for n, p in parts.items() if p.layer.kind == "linear"}
@@ -146,7 +146,7 @@ def _part(adapter: Adapter, path: str) -> LowRank:
 def _flat_stacks(adapter: Adapter) -> dict[str, LowRank]:
     if adapter.write_as in PACKED:
         return {}
-    parts = {n: c.factors for n, c in adapter.modules.items() if c.factors is not None}
+    parts = adapter.factors()
     return {path: part for path, part in parts.items() if _is_stack(part)}
 
 

@@ -20,7 +20,12 @@ from loratools_formats.core.findings import Finding
 from loratools_formats.core.peft_facts import PREFIX
 from loratools_formats.core.single_file_keys import IA3_MARK, Key, Naming, Role, parse
 from loratools_formats.core.tensors import TensorRef
-from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError
+from loratools_formats.disk.errors import (
+    AdapterError,
+    UnsupportedError,
+    and_more,
+    naming,
+)
 from loratools_formats.formats.singlefile.deltas import Parts, delta_of
 from loratools_formats.formats.singlefile.dialects import dialects
 from loratools_formats.formats.singlefile.left_in_names import as_loaders_know
@@ -61,11 +66,8 @@ def read(path: Path, *, carry_unknown: bool = False) -> Adapter:
         AdapterError: malformed, a key that no rule claims, or parts that do not fit together.
         UnsupportedError: an adapter kind that is known and not supported.
     """
-    try:
+    with naming(path):
         return _read(path, carry_unknown)
-    except LoratoolsError as error:
-        error.path = error.path or str(path)
-        raise
 
 
 @dataclass
@@ -164,8 +166,7 @@ def _without_idle(groups: dict[str, Parts], outside: _Outside) -> list[Finding]:
             outside.carried[tensor.key] = tensor
     if not idle:
         return []
-    more = f" and {len(idle) - 1} more" if len(idle) > 1 else ""
-    text = f"an alpha alone, or factors of rank 0, which change nothing, in {idle[0]}{more}"
+    text = f"an alpha alone, or factors of rank 0, which change nothing, in {and_more(idle)}"
     return [Finding("idle-modules", "warning", idle[0], text)]
 
 

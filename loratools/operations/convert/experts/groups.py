@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from loratools.base.dequantised import dequantised
-from loratools.base.placement.class_view import class_view
+from loratools.base.placement.class_view import names_in_class
 from loratools.base.placement.names import Names
 from loratools.base.placement.orient import stack_is_swapped
 from loratools_formats.checkpoints import expert_classes
@@ -20,13 +19,12 @@ from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.expert_names import OF_MIXTRAL, SINGLE
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.orientation import exchanged
-from loratools_formats.core.peft_facts import family_of, owner
+from loratools_formats.core.peft_facts import NESTED, family_of, owner
 from loratools_formats.disk.errors import UnsupportedError, printable
 
 Order = Literal["halves", "alternating"]
 """Of the outputs in a joined gate and up: all of gate's first, or one of each by turns."""
 
-_NESTED = ".base_layer"
 _GPT_OSS = re.compile(r"gpt[-_.]?oss", re.IGNORECASE)
 _IN_HALVES = re.compile(
     r"(?:^|[-_.])(?:qwen|mixtral|deepseek|moonlight|kimi|olmoe|flexolmo|glm|granite|ernie|hunyuan"
@@ -70,7 +68,7 @@ def sorted_experts(adapter: Adapter, base: Checkpoint | None) -> Sorted:
     Raises:
         UnsupportedError: which parameter a change is of, or which side A is on, is not told.
     """
-    names = None if base is None else Names(class_view(dequantised(base).checkpoint).checkpoint)
+    names = None if base is None else names_in_class(base)
     found = Sorted({}, {})
     for path, change in adapter.modules.items():
         single = SINGLE.fullmatch(path)
@@ -141,16 +139,16 @@ def straightened(adapter: Adapter, base: Checkpoint | None) -> Adapter:
     stacks = {n: c for n, c in adapter.modules.items() if c.layer.kind == "experts" and c.factors}
     if base is None or all(change.layer.swapped is False for change in stacks.values()):
         return adapter
-    names = Names(class_view(dequantised(base).checkpoint).checkpoint)
+    names = names_in_class(base)
     turned = {path: _straight(adapter, path, change, names) for path, change in stacks.items()}
     return replace(adapter, modules={**adapter.modules, **turned})
 
 
 def _parameter(adapter: Adapter, path: str, change: ModuleChange) -> str:
     leaves = {each.rpartition(".")[2]: each for each in change.layer.parameters}
-    is_inner = path.endswith(_NESTED)
+    is_inner = path.endswith(NESTED)
     if leaves.keys() == {"gate_up_proj", "down_proj"} and (
-        is_inner or f"{path}{_NESTED}" in adapter.modules
+        is_inner or f"{path}{NESTED}" in adapter.modules
     ):
         return leaves["gate_up_proj" if is_inner else "down_proj"]  # declared first is innermost
     if len(change.layer.parameters) > 1:

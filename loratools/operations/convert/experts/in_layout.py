@@ -11,9 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from loratools.base.dequantised import dequantised
-from loratools.base.placement.class_view import class_view
-from loratools.base.placement.names import Names
+from loratools.base.placement.class_view import names_in_class
 from loratools.base.placement.tied_head import as_class_has_heads
 from loratools.folding.expert_sides import lacks_sides, with_sides
 from loratools.operations.convert.class_names import checkpoint_of
@@ -269,11 +267,11 @@ def _laid(
 
 def _uniform(adapter: Adapter) -> Adapter:
     """Return an adapter of one rank and scale, which is all that mlx-lm loads."""
-    plain = {n: c for n, c in adapter.modules.items() if c.factors is not None and not c.is_dora}
-    settings = {(c.require_factors().rank, c.require_factors().scale) for c in plain.values()}
-    if len(plain) < len(adapter.modules) or len(settings) < 2:
+    parts = [change.factors for change in adapter.modules.values()]
+    settings = {None if part is None else (part.rank, part.scale) for part in parts}
+    if None in settings or len(settings) < 2:
         return adapter
-    return replace(adapter, modules={**adapter.modules, **of_one_rank(plain)})
+    return replace(adapter, modules=of_one_rank(adapter.modules))
 
 
 def _from_switch(adapter: Adapter, base: Checkpoint | None) -> Adapter:
@@ -283,7 +281,7 @@ def _from_switch(adapter: Adapter, base: Checkpoint | None) -> Adapter:
         adapter: of MLX.
         base: the base model, whose class has a name of its own for the module that holds them.
     """
-    names = None if base is None else Names(class_view(dequantised(base).checkpoint).checkpoint)
+    names = None if base is None else names_in_class(base)
     modules: dict[str, ModuleChange] = {}
     for name, change in adapter.modules.items():
         match = _SWITCH.fullmatch(name if names is None else names.spelling(name))

@@ -8,7 +8,7 @@ from loratools.base.placement.changes import Span
 from loratools.base.placement.pieces import Piece, put_together
 from loratools.operations.convert.experts.groups import Group, Order
 from loratools_formats.core.change import Layer, ModuleChange
-from loratools_formats.core.peft_facts import declared
+from loratools_formats.core.peft_facts import nested_paths
 from loratools_formats.disk.errors import UnsupportedError
 
 
@@ -69,12 +69,11 @@ def _outputs(leaf: str, target: str, out: int, order: Order | None) -> tuple[Spa
 
 
 def nested(owner: str, stacks: dict[str, ModuleChange]) -> dict[str, ModuleChange]:
-    """Return stacks under PEFT's paths: the parameter declared first is innermost."""
-    ordered = sorted(stacks, key=declared)
+    """Return the stacks of a module, given by the names of its parameters, under PEFT's paths."""
     made = {}
-    for depth, leaf in enumerate(reversed(ordered)):
+    for leaf, path in nested_paths(owner, stacks).items():
         change = stacks[leaf]
         part = change.require_factors()
         layer = replace(part.layer, parameters=(f"{owner}.{leaf}",))
-        made[owner + ".base_layer" * depth] = change.with_direction(replace(part, layer=layer))
+        made[path] = change.with_direction(replace(part, layer=layer))
     return made

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from loratools_formats.core.adapter import ExpertLayout
+from loratools_formats.core.peft_facts import NESTED
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.formats.peft.experts.layout import (
     JOINED,
-    NESTED,
     UP,
     A,
     B,

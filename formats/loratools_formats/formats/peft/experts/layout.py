@@ -15,7 +15,6 @@ from loratools_formats.core.tensors import TensorRef
 from loratools_formats.formats.peft.config import check_value
 from loratools_formats.formats.peft.patterns import match_patterns
 
-NESTED = ".base_layer"
 A, B = "lora_A", "lora_B"
 JOINED = ("gate_up_proj", "down_proj")
 """Projections of an expert where gate and up are one layer."""

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from loratools_formats.core.adapter import ExpertLayout
 from loratools_formats.core.expert_names import LEAVES, OF_MIXTRAL, SINGLE
+from loratools_formats.core.peft_facts import NESTED
 from loratools_formats.core.tensors import TensorRef, joined
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.formats.peft.experts.layout import (
     JOINED,
-    NESTED,
     A,
     B,
     Layout,

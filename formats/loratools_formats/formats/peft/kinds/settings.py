@@ -62,14 +62,8 @@ def _kernel(core: TensorRef) -> int:
 def lokr_shape(module: Module) -> Shape:
     """Return the shape of a LoKr's weight."""
     parts = module.parts
-    left = (
-        parts["w1"].shape
-        if "w1" in parts
-        else (
-            module.side("w1_a", 0),
-            module.side("w1_b", 1),
-        )
-    )
+    factors = ("w1_a", 0), ("w1_b", 1)
+    left = parts["w1"].shape if "w1" in parts else tuple(module.side(*each) for each in factors)
     if "w2" in parts:
         whole = parts["w2"].shape
         right = whole[0], math.prod(whole[1:])
@@ -108,6 +102,16 @@ def vblora_shape(module: Module) -> Shape:
     return module.side(f"{name}_b", 0) * length, module.side(f"{name}_a", 1) * length
 
 
+def tinylora(values: Values, _: Module) -> dict[str, Any]:
+    """Return TinyLoRA's seed, and the share of modules that have one vector in common."""
+    return {"seed": values.whole("projection_seed"), "tying": values.share("weight_tying")}
+
+
+def gralora(values: Values, _: Module) -> dict[str, Any]:
+    """Return GraLoRA's scale, of the rank of both its parts."""
+    return {"scale": values.number("alpha") / (values.count("r") + values.whole("hybrid_r"))}
+
+
 def randlora(values: Values, module: Module) -> dict[str, Any]:
     """Return RandLoRA's scale, and how its bases are drawn if they are not stored."""
     of_authors = "a" in module.parts and "randbasis" in module.parts["a"].key
@@ -135,6 +139,24 @@ def randlora(values: Values, module: Module) -> dict[str, Any]:
     return settings
 
 
+def fourierft(values: Values, _: Module) -> dict[str, Any]:
+    """Return FourierFT's scale, and the seed by which its places are drawn."""
+    return {"seed": values.whole("random_loc_seed"), "scale": values.number("scaling")}
+
+
+def waveft(values: Values, module: Module) -> dict[str, Any]:
+    """Return the same of WaveFT, and its wavelet if it has one."""
+    wavelet = values.text("wavelet_family").lower() if values.flag("use_idwt") else None
+    return {**fourierft(values, module), "wavelet": wavelet}
+
+
+def _neumann_terms(values: Values) -> int | None:
+    """Return how many terms of a series stand for an inverse; None if it is computed itself."""
+    if not values.flag("use_cayley_neumann"):
+        return None
+    return values.count("num_cayley_neumann_terms", most=LOOPS)
+
+
 def oft(values: Values, module: Module) -> dict[str, Any]:
     """Return how OFT makes rotations."""
     shared = values.flag_or_false("block_share")
@@ -148,10 +170,13 @@ def oft(values: Values, module: Module) -> dict[str, Any]:
     return {
         "shared": shared,
         "bound": values.number("eps") if values.flag("coft") else None,
-        "terms": values.count("num_cayley_neumann_terms", most=LOOPS)
-        if values.flag("use_cayley_neumann")
-        else None,
+        "terms": _neumann_terms(values),
     }
+
+
+def road(values: Values, _: Module) -> dict[str, Any]:
+    """Return which form RoAd has, and how many outputs make a group."""
+    return {"variant": values.text("variant"), "group": values.count("group_size")}
 
 
 def ia3(values: Values, module: Module) -> dict[str, Any]:
@@ -197,14 +222,26 @@ def psoft(values: Values, module: Module) -> dict[str, Any]:
         "orthogonal": values.flag("psoft_orth"),
         "balanced": values.text("ab_svd_init") == "pissa_init",
         "bound": values.number_or_none("cayley_neumann_eps"),
-        "terms": values.count("num_cayley_neumann_terms", most=LOOPS)
-        if values.flag("use_cayley_neumann")
-        else None,
+        "terms": _neumann_terms(values),
     }
 
 
-def supertuning(values: Values, module: Module) -> dict[str, Any]:
-    """Return the scales of SuperTuning and Supra."""
+def adamss(values: Values, _: Module) -> dict[str, Any]:
+    """Return into how many groups AdaMSS sorts the directions of a weight, and by which seed."""
+    return {"groups": values.count("num_subspaces"), "seed": values.whole("random_seed")}
+
+
+def peanut(values: Values, _: Module) -> dict[str, Any]:
+    """Return PEANuT's scale, and what its network is made of."""
+    return {
+        "scale": values.number("scaling"),
+        "activation": values.text("act_fn"),
+        "depth": values.count("depth", most=LOOPS, least=0),
+    }
+
+
+def sparse(values: Values, module: Module) -> dict[str, Any]:
+    """Return the scale of a sparse change, and that of the factors which Supra adds to it."""
     factor_scale = None
     if "a" in module.parts:
         factor_scale = values.number("lora_alpha") / values.count("r")

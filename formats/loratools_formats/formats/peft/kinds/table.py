@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 
-from loratools_formats.core.config_values import LOOPS
 from loratools_formats.core.peft_facts import frod_category
 from loratools_formats.formats.peft.kinds import settings
 from loratools_formats.formats.peft.kinds.declaration import PeftKind
@@ -102,14 +101,12 @@ PEFT_KINDS: dict[str, PeftKind] = {
     "UNILORA": PeftKind(
         "unilora",
         {
-            f".unilora_{name}_{side}": f"{name}_{side.lower()}"
-            for name in ("indices", "scales")
-            for side in "AB"
-        }
-        | {
-            # The authors' fork calls its indices logits.
             f".unilora_{name}_{side}": f"{part}_{side.lower()}"
-            for name, part in (("logits", "indices"), ("norm", "scales"))
+            for part, names in (
+                ("indices", ("indices", "logits")),  # the second are those of the authors' fork
+                ("scales", ("scales", "norm")),
+            )
+            for name in names
             for side in "AB"
         },
         lambda m: (m.side("indices_b", 0), m.side("indices_a", 1)),
@@ -129,10 +126,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
         "tinylora",
         {".tinylora_A": "a", ".tinylora_B": "b", ".tinylora_P": "p"},
         settings.factors_shape,
-        lambda values, _: {
-            "seed": values.whole("projection_seed"),
-            "tying": values.share("weight_tying"),
-        },
+        settings.tinylora,
         _keys("projection_seed weight_tying"),
         _keys("r u init_v_bound save_projection tinylora_dropout"),
         {"base_model.tinylora_v.{}": "v.{}"},
@@ -157,9 +151,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
             ".gralora_B_general.weight": "general_b",
         },
         lambda m: (m.side("b", 0) * m.side("b", 2), m.side("a", 0) * m.side("a", 1)),
-        lambda values, _: {
-            "scale": values.number("alpha") / (values.count("r") + values.whole("hybrid_r"))
-        },
+        settings.gralora,
         _keys("alpha r hybrid_r"),
         _keys("gralora_k gralora_dropout"),
         sizes={"r": "r", "n": "gralora_k", "h": "hybrid_r"},
@@ -209,10 +201,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
     "FOURIERFT": PeftKind(
         "fourierft",
         {".fourierft_spectrum": "spectrum"},
-        settings=lambda values, _: {
-            "seed": values.whole("random_loc_seed"),
-            "scale": values.number("scaling"),
-        },
+        settings=settings.fourierft,
         used=_keys("random_loc_seed scaling"),
         neutral=_keys("n_frequency n_frequency_pattern"),
         sizes={"n": "n_frequency"},
@@ -221,11 +210,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
     "WAVEFT": PeftKind(
         "waveft",
         {".waveft_spectrum": "spectrum"},
-        settings=lambda values, _: {
-            "seed": values.whole("random_loc_seed"),
-            "scale": values.number("scaling"),
-            "wavelet": values.text("wavelet_family").lower() if values.flag("use_idwt") else None,
-        },
+        settings=settings.waveft,
         used=_keys("random_loc_seed scaling wavelet_family use_idwt"),
         neutral=_keys("n_frequency n_frequency_pattern proportional_parameters"),
         sizes={"n": "n_frequency"},
@@ -234,7 +219,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
     "SHIRA": PeftKind(
         "sparse",
         {".shira_weight": "values", ".shira_indices": "indices"},
-        settings=lambda _values, _module: {"scale": 1.0, "factor_scale": None},
+        settings=settings.sparse,
         neutral=_keys("r mask_type random_seed"),
     ),
     "SUPERTUNING": PeftKind(
@@ -246,7 +231,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
             ".supertuning_lora_B.weight": "b",
         },
         lambda m: (m.side("b", 0), m.side("a", 1)) if "a" in m.parts else (None, None),
-        settings.supertuning,
+        settings.sparse,
         _keys("r lora_alpha"),
         _keys("lora_dropout save_precomputed_indices select_top sparsity"),
         sizes={"r": "r"},
@@ -254,7 +239,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
     "SFT": PeftKind(
         "sparse",
         {".sft_delta.values": "values", ".sft_delta.indices": "indices"},
-        settings=lambda _values, _module: {"scale": 1.0, "factor_scale": None},
+        settings=settings.sparse,
         neutral=_keys(
             "density num_tunable_weights dtype num_deltas initial_reselection_rate "
             "reselection_rate_exponent selection_algorithm"
@@ -286,10 +271,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
     "ROAD": PeftKind(
         "road",
         {".road_theta": "theta", ".road_alpha": "alpha"},
-        settings=lambda values, _: {
-            "variant": values.text("variant"),
-            "group": values.count("group_size"),
-        },
+        settings=settings.road,
         used=_keys("variant group_size"),
     ),
     "IA3": PeftKind(
@@ -351,10 +333,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
     "ADAMSS": PeftKind(
         "adamss",
         {".adamss_A.{}": "a.{}", ".adamss_B.{}": "b.{}", ".adamss_newB": "basis"},
-        settings=lambda values, _: {
-            "groups": values.count("num_subspaces"),
-            "seed": values.whole("random_seed"),
-        },
+        settings=settings.adamss,
         used=_keys("num_subspaces random_seed"),
         neutral=_keys(
             "r subspace_rank use_dynamic_rank svd_threshold use_asa asa_importance_beta "
@@ -371,11 +350,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
             ".peanut_decoders.{}.weight": "decoder.{}",
         },
         lambda m: (m.side("b", 0), None),
-        lambda values, _: {
-            "scale": values.number("scaling"),
-            "activation": values.text("act_fn"),
-            "depth": values.count("depth", most=LOOPS, least=0),
-        },
+        settings.peanut,
         _keys("scaling act_fn depth"),
         _keys("r"),
         sizes={"r": "r"},

@@ -1,8 +1,4 @@
-"""The effective change of one weight as a dense array, in the weight's own shape and layout.
-
-For tests, for small weights, and for operations that need entries of ΔW; nothing that can stay in
-factor space should come here.
-"""
+"""The change of one weight as a dense array, in the weight's own shape and layout."""
 
 from __future__ import annotations
 
