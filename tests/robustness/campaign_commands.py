@@ -42,6 +42,7 @@ COMMANDS = {
     "replay": "replay in/made{n} -o out/x",
     "check": "check in/lora{n} --write-baseline out/x.json",
     "spectrum": "spectrum in/lora{n} --html out/x.html",
+    "compare": "compare in/lora{n} in/rslora --html out/x.html",
     "fleet share": "fleet share in/lora in/lora{n} in/rslora -o out/x.safetensors --rank 2",
     "fleet add": "fleet add in/shared1.safetensors in/lora{n} --name more -o out/x.safetensors",
     "fleet unshare": "fleet unshare in/shared{n}.safetensors --all -o out/x",

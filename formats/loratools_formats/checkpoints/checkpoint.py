@@ -28,6 +28,7 @@ from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.distant import is_distant, is_there
 from loratools_formats.disk.errors import AdapterError, MissingFileError
 from loratools_formats.disk.files import RegularFile, inside
+from loratools_formats.disk.one_folder import of_one_folder
 from loratools_formats.disk.strict_json import read_object
 
 CONFIG_FILE = "config.json"
@@ -123,6 +124,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         AdapterError: malformed, or index and shards disagree.
     """
     target = Path(path)
+    return of_one_folder(target, lambda: _read(target))
+
+
+def _read(target: Path) -> Checkpoint:
     if target.is_file() or is_distant(target):
         try:
             file = read_safetensors(target)

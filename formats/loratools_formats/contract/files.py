@@ -20,6 +20,7 @@ from loratools_formats.disk.errors import (
     OutputExistsError,
     UnsupportedError,
 )
+from loratools_formats.disk.one_folder import of_one_folder
 from loratools_formats.disk.provenance import (
     MADE_HERE,
     PREDICATE_TYPE,
@@ -50,9 +51,13 @@ def read_adapter(
     Raises:
         LoratoolsError: nothing there, unknown format, no tensors, or not a sound adapter.
     """
-    chosen = find_format(path) if format_name is None else get_format(format_name)
-    read = chosen.read_with_unknown if carry_unknown else chosen.read
-    return require_tensors(read(Path(path)))
+
+    def read() -> Adapter:
+        chosen = find_format(path) if format_name is None else get_format(format_name)
+        reader = chosen.read_with_unknown if carry_unknown else chosen.read
+        return require_tensors(reader(Path(path)))
+
+    return of_one_folder(path, read)
 
 
 def check_target(
