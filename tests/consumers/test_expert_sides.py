@@ -5,12 +5,13 @@ parameter is meant. PEFT's own merge in float64 says what is right.
 """
 
 import json
+import warnings
 
 import numpy as np
 import pytest
 import tiny_models
 from expert_models import ROUNDING, Model, off
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
 
 import loratools as lt
@@ -188,6 +189,35 @@ def test_check_tells_what_peft_scales_otherwise(which, tmp_path):
     stacked = lt.convert(tmp_path / "each", output=tmp_path / "stacked", **asked)
     assert "experts-lost" not in {finding.code for finding in stacked.findings}
     assert off(model.change(tmp_path / "stacked"), model.fused(tmp_path / "each")) <= ROUNDING
+
+
+@pytest.mark.parametrize(
+    ("name", "lost"),
+    [
+        ("Qwen3MoeForCausalLM", False),
+        ("Qwen2MoeForCausalLM", True),
+        ("Kimi_K25ForConditionalGeneration", True),
+    ],
+)
+def test_experts_that_peft_does_not_find_one_by_one_are_told(name, lost, tmp_path):
+    """PEFT loads the file with a warning about other names at most, and changes no expert."""
+    model = Model(name, 24, tmp_path)
+    adapter = model.adapter("a", use_rslora=False)
+    each = tmp_path / "each"
+    said = lt.convert(adapter, base=model.base, experts="each", output=each).findings
+    assert ("experts-lost" in {finding.code for finding in said}) == lost
+    found = lt.check(each, base=model.base).findings
+    assert ("LT411" in {finding.code for finding in found}) == lost
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = PeftModel.from_pretrained(model.loaded(), str(each)).merge_and_unload()
+    stacks = {n: w for n, w in loaded.named_parameters() if n.endswith(tuple(model.parameters))}
+    change = {n: stacks[n].detach() - model.old[n] for n in stacks}
+    wanted = model.change(adapter)
+    if lost:
+        assert not any(each.any() for each in change.values())
+    else:
+        assert off(change, {n: wanted[n] for n in change}) <= ROUNDING
 
 
 @pytest.mark.parametrize("which", ["gate_up_proj", "down_proj", "both"])

@@ -1,13 +1,16 @@
 """What the configuration says of experts that were written: ranks, scales, release and targets."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from expert_files import PREFIX, Change, base, each, largest_error, read_deltas, save, stacked
 from safetensors.numpy import load_file
 
 import loratools as lt
+from loratools.cli import cli
 from loratools_formats import read_adapter
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
@@ -98,10 +101,14 @@ def test_one_expert_has_no_axis_for_experts(write, asked, tmp_path):
     change = Change(experts=1)
     model = base(tmp_path / "base", change, stacks=True)
     folder = save(tmp_path / "a", write(change))
-    with pytest.raises(UnsupportedError, match="a layer of one expert") as told:
+    with pytest.raises(UnsupportedError, match="a layer of one expert"):
         lt.convert(folder, base=model, output=tmp_path / "b", **asked)
-    assert f"loratools convert {folder} --experts each" in told.value.hint
-    lt.convert(folder, base=model, experts="each", output=tmp_path / "b")
+    flags = [word for key, value in asked.items() for word in (f"--{key}", value)]
+    given = ["convert", str(folder), *flags, "--base", str(model), "-o", str(tmp_path / "b")]
+    error = CliRunner().invoke(cli, given).exception
+    words = shlex.split(error.hint.rpartition("exact: ")[2])
+    assert words[:5] == ["loratools", "convert", str(folder), "--to", "peft"]
+    assert CliRunner().invoke(cli, words[1:], catch_exceptions=False).exit_code == 0
     assert largest_error(read_deltas(read_adapter(tmp_path / "b")), change.deltas()) == 0.0
 
 

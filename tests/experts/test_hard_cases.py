@@ -120,6 +120,25 @@ def test_a_square_alone_is_told_until_it_is_written_anew(release, leaf, tmp_path
     assert largest_error(new, wanted) <= 2.0**-51
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("how", ["squeeze", "merge and squeeze"])
+def test_a_square_stays_on_its_side_when_its_sibling_goes(how, swapped, tmp_path):
+    """PEFT 0.21 that saves a file of 2025 again keeps its number and has A on the inputs."""
+    change = Change(width=8, inner=8)
+    folder = save(tmp_path / "a", stacked(change, swapped=swapped, peft_version="0.18.1"))
+    model = base(tmp_path / "base", change, stacks=True)
+    wanted = {
+        key: delta if key[0] == "down" else 0 * delta for key, delta in change.deltas().items()
+    }
+    if how == "merge and squeeze":
+        lt.merge([(folder, 0.5), (folder, 0.5)], base=model, output=tmp_path / "merged")
+        folder = tmp_path / "merged"
+    lt.squeeze(folder, energy=1.0, drop="base_layer", output=tmp_path / "down")
+    lt.fuse(model, tmp_path / "down", output=tmp_path / "fused")
+    found = fused_deltas(model, tmp_path / "fused")
+    assert largest_error(found, wanted) <= 4 * ROUNDING
+
+
 def replaced_sides(adapter):
     """Return an adapter whose stacks of an unknown side are taken to have A on the inputs."""
     from dataclasses import replace
@@ -208,6 +227,24 @@ def test_a_layout_without_a_place_for_magnitudes_is_refused(asked, tmp_path):
         lt.convert(folder, output=tmp_path / "b", **wanted)
     assert "to-lora" in told.value.hint
     lt.convert(folder, experts="each", output=tmp_path / "b")
+
+
+@pytest.mark.parametrize("asked", ["3d", "shared-outer", "stacked", "tinker"])
+def test_a_layout_without_a_place_for_biases_is_refused(asked, tmp_path):
+    """The file was written without them, and the check of what was written stopped it."""
+    tensors, config = LAYOUTS["one by one"](Change())
+    biases = {n.replace("weight", "bias"): b[:, 0].copy() for n, b in tensors.items() if "_B" in n}
+    made = tensors | biases, config | {"lora_bias": True}
+    folder = save(tmp_path / "a", made)
+    wanted = {"to": "tinker"} if asked == "tinker" else {"experts": asked}
+    with pytest.raises(
+        UnsupportedError, match=rf"lora_bias\) cannot be written as {asked}"
+    ) as told:
+        lt.convert(folder, output=tmp_path / "b", **wanted)
+    assert f"convert {folder} --to peft --experts each -o" in told.value.hint
+    lt.convert(folder, experts="each", output=tmp_path / "b")
+    kept = load_file(tmp_path / "b" / "adapter_model.safetensors")
+    assert all(np.array_equal(kept[name], bias) for name, bias in biases.items())
 
 
 @pytest.mark.parametrize("asked", [{"experts": "3d"}, {"to": "tinker"}])

@@ -184,6 +184,19 @@ def test_stacks_that_do_not_fit_together_are_refused(fault, tmp_path):
         read_adapter(save(tmp_path / "a", (FAULTS[fault](tensors), config)))
 
 
+@pytest.mark.parametrize("turned", ["gate_up_proj", "down_proj"])
+@pytest.mark.parametrize("inner", [3, 6])
+def test_one_parameter_turned_and_the_other_not_is_refused(turned, inner, tmp_path):
+    """No program writes it, and one of the two would be read the wrong way round."""
+    change = Change(width=8, inner=inner)
+    (tensors, config), (other, _) = stacked(change), stacked(change, swapped=True)
+    for name in tensors:
+        if (".base_layer." in name) == (turned == "gate_up_proj"):
+            tensors[name] = other[name]
+    with pytest.raises(AdapterError, match="its inputs where the other has its outputs"):
+        read_adapter(save(tmp_path / "a", (tensors, config)))
+
+
 def test_without_a_gate_tinkers_first_stack_is_up(tmp_path):
     change = Change()
     tensors, config = tinker(change)

@@ -232,13 +232,15 @@ def unstacked(
 def _turn(config: PeftConfig, stack: Stack, parameter: str) -> bool | None:
     """Return how a square stack lies in its parameter if the release that wrote it tells.
 
-    What has an axis for the experts is not of PEFT's own making, whatever release is named.
+    What has an axis for the experts is not of PEFT's own making, whatever release is named. Nor
+    does a release before 0.19 tell of a stack that has A on the inputs: PEFT keeps that number when
+    a later release loads and saves a file. (Of Llama 4, a later one has A on the outputs.)
     """
     wrote = release(config)
+    is_open = of_open_class(parameter.rpartition(".")[0])
     if wrote == BEFORE_0_19 and stack.told_by != _AXES_TELL:
-        return True
-    is_open = stack.swapped is None and of_open_class(parameter.rpartition(".")[0])
-    return True if is_open and wrote == RELEASE_0_19_0 else None
+        return True if stack.swapped is None or (stack.swapped and not is_open) else None
+    return True if stack.swapped is None and is_open and wrote == RELEASE_0_19_0 else None
 
 
 def without_marks(values: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -77,7 +77,7 @@ def complete(
             path=adapter.source,
             tensor=group.owner,
             hint="Write it so, which is exact: "
-            + command_on(adapter, "convert", "--experts each", output="converted"),
+            + command_on(adapter, "convert", "--to peft --experts each", output="converted"),
         )
     if base is not None and group.single:
         group = with_zeros(group, experts, gated=False)

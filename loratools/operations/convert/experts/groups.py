@@ -98,7 +98,7 @@ def refuse_no_pairs(adapter: Adapter, found: Sorted, layout: str | None) -> None
     """Refuse single experts that are no plain LoRAs, which only their own layout holds.
 
     Raises:
-        UnsupportedError: another layout is asked for, and there are some.
+        UnsupportedError: another layout is asked for, and there are some, or biases of factors.
     """
     if layout in (None, "each"):
         return
@@ -112,6 +112,20 @@ def refuse_no_pairs(adapter: Adapter, found: Sorted, layout: str | None) -> None
                 hint="Make it a plain LoRA first: "
                 + command_on(adapter, "to-lora", "--base BASE --rank RANK"),
             )
+    for group in found.groups.values():
+        for leaf, changes in group.single.items():
+            for expert, change in changes.items():
+                if change.require_factors().bias is not None:
+                    raise UnsupportedError(
+                        f"experts that have biases of factors (lora_bias) cannot be written as "
+                        f"{layout}, which has no place for them",
+                        path=adapter.source,
+                        tensor=f"{group.owner}.{expert}.{leaf}",
+                        hint="Keep them one by one, which is exact: "
+                        + command_on(
+                            adapter, "convert", "--to peft --experts each", output="converted"
+                        ),
+                    )
 
 
 def straightened(adapter: Adapter, base: Checkpoint | None) -> Adapter:
