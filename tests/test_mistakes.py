@@ -143,6 +143,20 @@ def test_other_names_with_dots_are_names(room, name):
     assert (room / name).exists()
 
 
+def test_a_folder_that_may_not_be_looked_into_spoils_no_other(room, monkeypatch):
+    """Its permissions are told by `os.access`; whoever is root may look into all."""
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: "two" not in str(path) and may(path, mode))
+    told = "is a folder that may not be looked into"
+    printed = typed("info shelf")[1]
+    assert (printed.count("shelf/one"), printed.count(told)) == (1, 1)
+    done = CliRunner().invoke(
+        cli, shlex.split("squeeze shelf --out-dir out --rank 2 --keep-going"), standalone_mode=False
+    )
+    assert (done.return_value, told in done.output) == (1, True)
+    assert os.listdir("out") == ["one"]
+
+
 @pytest.mark.parametrize("line", ["squeeze . --rank 2 --in-place", "squeeze . ../a --rank 2"])
 def test_the_folder_that_a_shell_is_in_is_not_replaced(room, monkeypatch, line):
     before = (room / "a/adapter_model.safetensors").read_bytes()

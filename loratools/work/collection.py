@@ -20,6 +20,7 @@ from loratools_formats.core.file_names import (
     without_ending,
 )
 from loratools_formats.disk.errors import AdapterError, LoratoolsError, OptionError
+from loratools_formats.disk.files import is_closed
 from loratools_formats.disk.provenance import PROVENANCE_FILE, RECIPE_FILE
 
 _MOST_FOLDERS = 100_000
@@ -80,10 +81,10 @@ def adapters_in(paths: Sequence[Path]) -> list[Path]:
     """Return the adapters that paths mean, in order and each once.
 
     A path with wildcards stands for what it matches, and a folder that is no adapter for all
-    adapters below it. Weight files that are broken, and links to nothing, are among these: whoever
-    reads them says what is wrong. Hidden folders and links to folders are not entered. What lies
-    beside an adapter's file and says how it was made is left out, since `*` in a shell names it as
-    well.
+    adapters below it. Weight files that are broken, links to nothing, and folders that may not be
+    looked into, are among these: whoever reads them says what is wrong. Hidden folders and links to
+    folders are not entered. What lies beside an adapter's file and says how it was made is left
+    out, since `*` in a shell names it as well.
 
     Raises:
         AdapterError: wildcards match nothing.
@@ -118,7 +119,9 @@ def _below(folder: Path) -> list[Path]:
             looked_at += 1
             is_folder = child.is_dir() and not child.is_symlink()
             is_file = child.suffix in WEIGHT_ENDINGS and not TRAINING_STATE.fullmatch(child.name)
-            if ((is_folder or is_file) and is_adapter(child)) or _is_broken(child):
+            if is_folder and is_closed(child):
+                found += [child] if not child.name.startswith(".") else []
+            elif ((is_folder or is_file) and is_adapter(child)) or _is_broken(child):
                 found.append(child)
             elif is_folder and not child.name.startswith("."):
                 pending.append(child)
@@ -139,6 +142,8 @@ def _is_broken(path: Path) -> bool:
 
 def is_adapter(path: Path) -> bool:
     """Return whether a format claims the path, or would if half of a PEFT folder were not lost."""
+    if is_closed(path):
+        return False
     if any((path / name).is_file() for name in _HALVES):
         return True
     try:

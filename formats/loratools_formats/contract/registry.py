@@ -18,10 +18,12 @@ from loratools_formats.contract.format import Format
 from loratools_formats.contract.plugins import Plugin, load_group
 from loratools_formats.disk.distant import is_there
 from loratools_formats.disk.errors import (
+    AdapterError,
     PluginWarning,
     UnknownFormatError,
     printable,
 )
+from loratools_formats.disk.files import is_closed
 
 GROUP = "loratools.formats"
 
@@ -105,6 +107,7 @@ def find_format(path: str | os.PathLike[str]) -> Format:
     Raises:
         MissingFileError: nothing is there.
         UnknownFormatError: no format recognises it, or several do.
+        AdapterError: it is a folder that may not be looked into.
     """
     target = Path(path)
     try:
@@ -115,6 +118,12 @@ def find_format(path: str | os.PathLike[str]) -> Format:
         from loratools_formats.contract.path_kinds import missing
 
         raise missing(path)
+    if is_closed(target):
+        raise AdapterError(
+            "is a folder that may not be looked into",
+            path=path,
+            hint="Change its permissions, or name another",
+        )
     found = [one for one in _working() if _recognises(one, target)]
     if len(found) == 1:
         return found[0]
@@ -138,14 +147,14 @@ def find_format(path: str | os.PathLike[str]) -> Format:
 
 def _adapters_below(folder: Path) -> list[str]:
     try:
-        children = sorted(child for child in folder.iterdir() if child.is_dir())
+        folders = sorted(child for child in folder.iterdir() if child.is_dir())
     except OSError:
         return []
     formats = _working()
     return [
         shlex.quote(os.fspath(child))
-        for child in children
-        if any(_recognises(one, child) for one in formats)
+        for child in folders
+        if not is_closed(child) and any(_recognises(one, child) for one in formats)
     ]
 
 

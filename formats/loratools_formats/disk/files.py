@@ -358,3 +358,8 @@ def inside(folder: Path, name: str) -> Path:
             hint="Copy the file into the folder if you trust it",
         )
     return path
+
+
+def is_closed(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path is a folder that this process may not look into."""
+    return os.path.isdir(path) and not os.access(path, os.R_OK | os.X_OK)
