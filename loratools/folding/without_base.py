@@ -156,7 +156,7 @@ def with_kernels(adapter: Adapter) -> Adapter:
 
 def to_lora_command(adapter: Adapter, delta: ModuleChange) -> str:
     """Return the command that makes a plain LoRA of what does not become one on the fly."""
-    is_low_rank = get_kind(delta.kind).low_rank
+    is_low_rank = get_kind(delta.kind).low_rank and not delta.is_dora
     return command_on(
         adapter,
         "to-lora",

@@ -72,7 +72,8 @@ def _kept_whole(name: str, what: str) -> UnsupportedError:
     return UnsupportedError(
         f"{what} cannot be split or joined",
         tensor=name,
-        hint=f"Make it a plain LoRA first: {command_on(None, 'to-lora', '--base MODEL')}",
+        hint="Make it a plain LoRA first: "
+        + command_on(None, "to-lora", "--base MODEL --rank RANK"),
     )
 
 

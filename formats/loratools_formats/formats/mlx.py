@@ -188,7 +188,7 @@ def _written_config(adapter: Adapter) -> dict[str, Any]:
             first = command_on(adapter, "squeeze", "--energy 1 --uniform", output="uniform")
             hint = f"Make it uniform first: {first}"
             if what == "kind":
-                first = command_on(adapter, "to-lora", "--base MODEL")
+                first = command_on(adapter, "to-lora", "--base MODEL --rank RANK")
                 hint = f"Make all plain LoRAs first: {first}"
             elif adapter.provenance is not None:
                 hint = "Add `uniform=True`"

@@ -137,7 +137,8 @@ def plain_factors(delta: ModuleChange, adapter: Adapter) -> LowRank:
     if delta.is_dora:
         raise UnsupportedError(
             "llama.cpp has no DoRA",
-            hint="Make it a plain LoRA first: " + command_on(adapter, "to-lora", "--base MODEL"),
+            hint="Make it a plain LoRA first: "
+            + command_on(adapter, "to-lora", "--base MODEL --rank RANK"),
         )
     part = delta.require_factors()
     if part.bias is not None:
