@@ -11,6 +11,7 @@ import pytest
 
 import loratools as lt
 from loratools.cli import cli
+from loratools.cli.by_type import Column, print_modules
 from loratools.cli.table import shortened, table_lines
 
 LLAMA = Path(__file__).parents[1] / "examples" / "tiny-llama"
@@ -149,3 +150,14 @@ def test_a_table_loses_no_column_and_no_number():
     for row in rows:
         assert all(cell in words for cell in row[1:])
     assert all(re.search(rf"\b{n}\b", " ".join(lines)) for n in range(12))
+
+
+def test_none_is_the_worst_where_all_are_alike(capsys):
+    names = [f"model.layers.{i}.self_attn.q_proj" for i in range(20)]
+    errors = [0.0] * 19 + [0.5]
+    for found, expected in ((errors[:1] * 20, "--verbose lists each"), (errors, "The worst 5 of")):
+        columns = [Column("relative error", found, summed=True)]
+        print_modules("module", names, columns, found, verbose=False)
+        told = capsys.readouterr().out
+        assert expected in told
+        assert ("The worst" in told) == ("layers.19" in told) == (0.5 in found)

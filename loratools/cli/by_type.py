@@ -61,8 +61,8 @@ def print_modules(
         first: title of the names.
         names: of the modules.
         columns: what is told of them.
-        worst: for each module, the number by which the worst are chosen, the largest; empty if no
-            module is worse than another.
+        worst: for each module, the number by which the worst are chosen, the largest; empty if
+            modules have no such number.
         verbose: print all rows.
     """
     listed, summed = ([c for c in columns if getattr(c, to)] for to in ("listed", "summed"))
@@ -85,7 +85,7 @@ def print_modules(
     titles = ["type", f"{first}s", *(c.title for c in summed)]
     print_table(titles, "<" + ">" * (len(titles) - 1), types)
     say()
-    if worst:
+    if worst and min(worst) < max(worst):
         chosen = sorted(range(len(rows)), key=lambda i: -worst[i])[:_WORST]
         say(f"The worst {len(chosen)} of {len(rows)}; --verbose lists each:")
         print_table(header, align, [rows[i] for i in chosen])
