@@ -272,6 +272,8 @@ def faults(command: Command, every: int) -> Iterator[tuple[str, str]]:
 
 def signals(command: Command, count: int, draw: random.Random) -> Iterator[tuple[str, str]]:
     """Yield (signal, problem or nothing) for signals at random moments of the command."""
+    from loratools_formats.disk.temporaries import temporary_beside
+
     duration = _duration(command)
     for index in range(count):
         command.restore()
@@ -281,6 +283,8 @@ def signals(command: Command, count: int, draw: random.Random) -> Iterator[tuple
         os.kill(pid, number)
         ended = _ended(pid, printed)
         killed = ended.code == -signal.SIGKILL
+        if killed:  # what the next run in the folder does first, whatever it makes
+            temporary_beside(command.out / "another")
         found = list(command.problems(ended, left=killed))
         if killed and not found:
             # What a killed run leaves, the next one removes, and makes the whole output.

@@ -53,9 +53,8 @@ def _meets(adapter: Adapter, first: Adapter, base: Checkpoint | None) -> bool:
 
 def _of(first: Adapter, item: MergeInput, base: Checkpoint | None) -> MergeInput:
     adapter, target = item.adapter, first.format
-    asked = f"--to {target} --base BASE"
     if base is None:
-        hint = command_on(adapter, "convert", asked, output="converted")
+        hint = command_on(adapter, "convert", f"--to {target} --base BASE", output="converted")
         raise AdapterError(
             f"an adapter of format {adapter.format} has other modules than one of {target}",
             path=adapter.source,
@@ -71,8 +70,9 @@ def _of(first: Adapter, item: MergeInput, base: Checkpoint | None) -> MergeInput
         error.hint += f"All become {target}, the format of the first; name this adapter first, "
         error.hint += f"and all become {adapter.format}"
         if isinstance(error, WouldLoseError):
-            lossy = command_on(adapter, "convert", f"{asked} --allow-lossy", output="converted")
-            error.hint += f". To leave such things out, convert it first: {lossy}"
+            error.hint += ". To leave such things out, convert it first: " + command_on(
+                adapter, "convert", f"--to {target} --base BASE --allow-lossy", output="converted"
+            )
         raise
     kept = replace(made, provenance=adapter.provenance, metadata=adapter.metadata)
     return replace(item, adapter=kept)
