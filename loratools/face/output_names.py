@@ -65,14 +65,17 @@ def _is_named_as_adapter(output: Path) -> bool:
 
 
 def _without_endings(output: Path) -> Path:
-    """Return a path without the endings of files.
+    """Return a path without the endings of files; of a name that is but an ending, without its dot.
 
-    >>> _without_endings(Path("v1.5/small.tar.gz")).as_posix()
-    'v1.5/small'
+    >>> [_without_endings(Path(p)).as_posix() for p in ("v1.5/small.tar.gz", "a/.gguf")]
+    ['v1.5/small', 'a/gguf']
     """
-    while output.suffix.lower() in _OF_OTHER_FILES or _is_named_as_adapter(output):
+    while output.suffix and (
+        output.suffix.lower() in _OF_OTHER_FILES or _is_named_as_adapter(output)
+    ):
         output = output.with_suffix("")
-    return output
+    is_ending = not output.suffix and _is_named_as_adapter(output)
+    return output.with_name(output.name.lstrip(".")) if is_ending else output
 
 
 def about_name(output: Path, format_name: str) -> list[Finding]:
