@@ -128,6 +128,13 @@ def test_an_output_is_not_named_as_another_kind_of_file(room, line, better):
     assert (room / better).exists()
 
 
+@pytest.mark.parametrize("name", [".gguf", ".safetensors"])
+def test_a_name_that_is_but_an_ending_is_none(room, name):
+    code, told = typed(f"squeeze a -o {name} --rank 2")
+    assert (code, f"Pass --output {name[1:]}, " in told) == (2, True), told
+    assert not (room / name).exists()
+
+
 def test_a_gguf_is_not_named_as_safetensors(room):
     assert typed("convert a a.gguf --base base -q")[0] == 0
     code, told = typed("squeeze a.gguf b.safetensors --rank 2")
